@@ -1,0 +1,153 @@
+"""Opens the files of an artifact without trusting them, and moves their bytes.
+
+Names come from the fixed list NAMES alone; every open goes through the handle of the folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeAlias
+
+from flyweight.artifact._strict import damaged, shown
+from flyweight.artifact.manifest import MANIFEST, ONNX, WEIGHTS
+from flyweight.errors import MachineError
+
+NAMES = (MANIFEST, WEIGHTS, ONNX)
+MAX_FILES = 8
+"""Entries of a folder that are looked at before it is refused."""
+PIECE = 2**20
+"""Bytes that are read at once."""
+Sink: TypeAlias = "Callable[[bytes], object]"
+
+_WAYS_OUT = {
+    errno.ENOSPC: "make room on the disk and run again; what was there before is untouched",
+    errno.EDQUOT: "make room within the disk quota and run again; what was there before is untouched",
+    errno.EFBIG: "raise the limit on file sizes and run again; what was there before is untouched",
+    errno.EACCES: "choose a folder that you may use, or change its permissions",
+    errno.EPERM: "choose a folder that you may use, or change its permissions",
+    errno.EROFS: "choose a folder on a disk that can be written",
+    errno.ENOENT: "check the path",
+    errno.ENOLCK: "choose a folder on a local disk",
+}
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into a MachineError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise MachineError(
+            "the disk must do what is asked of it",
+            got=error.strerror or str(error),
+            where=shown(str(path), 300),
+            way_out=_WAYS_OUT.get(error.errno or 0, "check the disk and run again"),
+        ) from error
+
+
+@contextmanager
+def opened_folder(folder: Path) -> Iterator[int]:
+    """A handle of the folder; raises ArtifactError when it is none, MachineError when it is not there."""
+    where = shown(str(folder), 300)
+    try:
+        kind = os.lstat(folder).st_mode
+    except FileNotFoundError as error:
+        rule = "the folder must be there"
+        raise MachineError(rule, got="no such folder", where=where, way_out="check the path") from error
+    if not stat.S_ISDIR(kind):
+        raise damaged(
+            "an artifact is a folder",
+            got=_kind(kind),
+            where=where,
+            way_out="give the folder itself; other files are loaded by the task, a .pt by torch.load(weights_only=True)",
+        )
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def names_in(folder: int) -> list[str]:
+    """The names in a folder, sorted; raises ArtifactError on a name outside NAMES or more than MAX_FILES."""
+    found: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            found.append(entry.name)
+            if len(found) > MAX_FILES:
+                raise damaged(f"an artifact has at most {len(NAMES)} files", got="more", where="the folder")
+    for name in sorted(found):
+        if name not in NAMES:
+            raise damaged(
+                f"an artifact holds only {', '.join(NAMES)}",
+                got="one file too many",
+                where=shown(name),
+                way_out="move the file elsewhere if it is yours, otherwise get an undamaged copy",
+            )
+    return sorted(found)
+
+
+@contextmanager
+def opened(folder: int, name: str) -> Iterator[tuple[io.FileIO, int]]:
+    """An unbuffered stream of a file and its size in bytes.
+
+    Raises ArtifactError when it is missing, no regular file, or also known by another name (a hard link).
+    """
+    try:
+        _check_kind(os.lstat(name, dir_fd=folder), name)
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        stream = io.FileIO(os.open(name, flags, dir_fd=folder))
+    except FileNotFoundError as error:
+        raise damaged("every file of an artifact must be there", got="no such file", where=name) from error
+    with stream:
+        # Looked at again: between the first look and the open, the file could have been changed for another.
+        state = os.fstat(stream.fileno())
+        _check_kind(state, name)
+        yield stream, state.st_size
+
+
+def passed(stream: io.FileIO, length: int, sinks: Sequence[Sink], where: str) -> None:
+    """Read `length` bytes, piece by piece, into every sink; raises ArtifactError when the file ends early."""
+    left = length
+    while left:
+        piece = stream.read(min(left, PIECE))
+        if not piece:
+            raise damaged(f"the file must have {left} bytes more", got="its end", where=where)
+        for sink in sinks:
+            sink(piece)
+        left -= len(piece)
+
+
+def check_size(size: int, limit: int, name: str) -> None:
+    """Raise ArtifactError when a file is larger than its limit, both in bytes."""
+    if size > limit:
+        raise damaged(f"this file may have {limit} bytes", got=f"{size}", where=name)
+
+
+def _check_kind(state: os.stat_result, name: str) -> None:
+    if not stat.S_ISREG(state.st_mode):
+        raise damaged("an artifact holds regular files only", got=_kind(state.st_mode), where=name)
+    if state.st_nlink > 1:
+        raise damaged(
+            "a file of an artifact must have one name",
+            got=f"{state.st_nlink} hard links",
+            where=name,
+            way_out="copy the folder and use the copy",
+        )
+
+
+def _kind(mode: int) -> str:
+    checks = {
+        "a symbolic link": stat.S_ISLNK,
+        "a folder": stat.S_ISDIR,
+        "a file": stat.S_ISREG,
+        "a pipe": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+    }
+    return next((name for name, check in checks.items() if check(mode)), "a device")

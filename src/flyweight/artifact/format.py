@@ -1,0 +1,224 @@
+"""The artifact: one folder that holds a model, says what it does, and how that was measured.
+
+1. The folder holds two or three files and nothing else: `manifest.json`, `weights.safetensors` and, for
+   runtimes that run ONNX, `model.onnx`. The names are fixed; no name or path from a file is ever opened.
+2. All files are regular, with one name each: no links, no pipes.
+3. `manifest.json` is strict UTF-8 JSON of at most 1 MiB: no key twice, no NaN, at most 64 levels deep.
+4. Its keys: flyweight_artifact (the format's number), task, runtime, session, plan, inputs, outputs, layouts,
+   model_digest, measured, machine, versions, files, tensors, digest. None is absent, none is added.
+5. `files` holds the bytes and the SHA-256 of every other file; `tensors` the dtype, the shape and the SHA-256
+   of the bytes of every tensor.
+6. Its last line is `"digest": "..."}`: the SHA-256, in hex, of all bytes before that line. This holds for
+   every format to come: `sed '$d' manifest.json | sha256sum` checks any of them.
+7. The digests show accidents, not attacks: who changes a file can change its digest. They are for integrity,
+   not authenticity. To be sure whose artifact it is, compare `digest` with one that came another way.
+8. `weights.safetensors` is a safetensors file: 8 bytes length, a JSON header of at most 1 MiB, and a buffer
+   that at most 100,000 tensors fill one behind the other, without holes or overlaps. Whole-byte dtypes only.
+9. `model.onnx` holds the graph, at most 64 MiB. Weights are stored once: its external data has the location
+   `weights.safetensors`, and an offset and a length that lie within that file's buffer.
+10. No code: nothing in an artifact names a class, a module or a function, and nothing is compressed.
+    `runtime` and `session` are looked up in what this version of flyweight knows.
+11. A reader refuses a format newer than its own, and says so; it reads all older ones.
+12. A writer puts the folder in its place whole: whoever looks sees the old one or the new one (atomic.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flyweight._faults import point
+from flyweight.artifact import _onnx, _weights
+from flyweight.artifact._files import check_size, disk_errors, names_in, opened, opened_folder, passed
+from flyweight.artifact._strict import damaged, shown
+from flyweight.artifact.atomic import recover, replace_folder, synced_file, write_file
+from flyweight.artifact.manifest import (
+    MANIFEST,
+    MAX_MANIFEST,
+    ONNX,
+    WEIGHTS,
+    Manifest,
+    StoredFile,
+    StoredTensor,
+    TensorSpec,
+    decode,
+    encode,
+)
+from flyweight.errors import ArtifactError, UsageError
+
+__all__ = ["Artifact", "Manifest", "StoredFile", "StoredTensor", "TensorSpec", "read", "tensors", "write"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Artifact:
+    """An artifact that was read and verified."""
+
+    folder: Path
+    manifest: Manifest
+    bytes: int
+    """Of all its files together."""
+    files: tuple[StoredFile, ...]
+    tensors: tuple[StoredTensor, ...]
+    digest: str
+    """The manifest's, which covers all else: equal digests, equal artifacts."""
+    notes: tuple[str, ...]
+    """Checks that could not be made on this machine."""
+
+
+def write(folder: Path, source: Path, manifest: Manifest) -> int:
+    """Make `folder` an artifact of the files in `source`, replacing the one that is there; its bytes in all.
+
+    `source` holds weights.safetensors and perhaps model.onnx. Whenever the process is killed, `folder` is
+    whole: the old one or the new one. Raises ArtifactError when a reader would refuse the files, UsageError
+    when `folder` is there and is no artifact, MachineError when the disk does not take it.
+    """
+    folder = folder.absolute()
+    with disk_errors(source), opened_folder(source) as root:
+        names = names_in(root)
+    if MANIFEST in names:
+        raise damaged("the writer makes the manifest", got="one in the source", where=shown(str(source), 300))
+    with disk_errors(folder):
+        _check_replaceable(folder)
+    return replace_folder(folder, lambda part: _fill(part, source, names, manifest))
+
+
+def read(folder: Path) -> Artifact:
+    """Verify an artifact to its last byte.
+
+    Raises ArtifactError that names the file and the tensor when anything is not as the format says,
+    MachineError when the folder is not there or cannot be read.
+    """
+    folder = folder.absolute()
+    with disk_errors(folder):
+        while True:
+            recover(folder)
+            with opened_folder(folder) as root:
+                try:
+                    return _verified(folder, root)
+                except ArtifactError as error:
+                    # Replaced while it was read: the files of the old one were going. The new one counts.
+                    if _is_there(folder, root):
+                        raise _in(folder, error) from error
+
+
+def tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
+    """The weights, each in memory of its own, shapes as in artifact.tensors; verified again as they are read.
+
+    Raises ArtifactError when they changed since the artifact was read.
+    """
+    with (
+        disk_errors(artifact.folder),
+        opened_folder(artifact.folder) as root,
+        opened(root, WEIGHTS) as (stream, size),
+    ):
+        return _weights.load(stream, size, artifact.tensors)
+
+
+def _verified(folder: Path, root: int) -> Artifact:
+    names = names_in(root)
+    raw = _content(root, MANIFEST, MAX_MANIFEST)
+    said = decode(raw)
+    _check_names(names, [MANIFEST, *(file.name for file in said.files)])
+    files = {file.name: file for file in said.files}
+    with opened(root, WEIGHTS) as (stream, size):
+        _check_bytes(files[WEIGHTS], size)
+        scan = _weights.scan(stream, size, ())
+    _weights.check_same(scan.tensors, said.tensors)
+    _check_digest(files[WEIGHTS], scan.sha256)
+    checked = ONNX not in files or _check_onnx(root, files[ONNX], scan.buffer)
+    return Artifact(
+        folder=folder,
+        manifest=said.manifest,
+        bytes=len(raw) + sum(file.bytes for file in said.files),
+        files=said.files,
+        tensors=scan.tensors,
+        digest=said.digest,
+        notes=() if checked else (_onnx.NOT_CHECKED,),
+    )
+
+
+def _check_onnx(root: int, file: StoredFile, buffer: range) -> bool:
+    content = _content(root, ONNX, _onnx.MAX_ONNX)
+    _check_bytes(file, len(content))
+    _check_digest(file, hashlib.sha256(content).hexdigest())
+    return _onnx.check(content, buffer)
+
+
+def _fill(part: Path, source: Path, names: Sequence[str], manifest: Manifest) -> int:
+    with opened_folder(source) as root:
+        with opened(root, WEIGHTS) as (stream, size), synced_file(part / WEIGHTS) as append:
+            scan = _weights.scan(stream, size, [append])
+        point("artifact:weights")
+        files = [StoredFile(name=WEIGHTS, bytes=size, sha256=scan.sha256)]
+        if ONNX in names:
+            content = _content(root, ONNX, _onnx.MAX_ONNX)
+            _onnx.check(content, scan.buffer)
+            write_file(part / ONNX, content)
+            point("artifact:onnx")
+            digest = hashlib.sha256(content).hexdigest()
+            files.append(StoredFile(name=ONNX, bytes=len(content), sha256=digest))
+    raw = encode(manifest, files, scan.tensors)
+    write_file(part / MANIFEST, raw)
+    point("artifact:manifest")
+    return len(raw) + sum(file.bytes for file in files)
+
+
+def _content(root: int, name: str, limit: int) -> bytes:
+    content = io.BytesIO()
+    with opened(root, name) as (stream, size):
+        check_size(size, limit, name)
+        passed(stream, size, [content.write], name)
+    return content.getvalue()
+
+
+def _check_replaceable(folder: Path) -> None:
+    if not os.path.lexists(folder):
+        return
+    try:
+        with opened_folder(folder) as root:
+            names_in(root)
+    except ArtifactError as error:
+        raise UsageError(
+            "an artifact takes the place of an artifact only",
+            got=f"{error.got}, {error.where}",
+            where=shown(str(folder), 300),
+            way_out="choose another output folder",
+        ) from error
+
+
+def _check_names(present: Sequence[str], listed: Sequence[str]) -> None:
+    for name in (WEIGHTS, *listed):
+        if name not in present:
+            raise damaged("every file of an artifact must be there", got="no such file", where=name)
+    for name in present:
+        if name not in listed:
+            raise damaged("the manifest must list every file", got="one more", where=name)
+
+
+def _check_bytes(file: StoredFile, size: int) -> None:
+    if size != file.bytes:
+        raise damaged(f"the file must have {file.bytes} bytes", got=f"{size}", where=file.name)
+
+
+def _check_digest(file: StoredFile, digest: str) -> None:
+    if digest != file.sha256:
+        rule = f"the file must have the digest {file.sha256[:16]}..."
+        raise damaged(rule, got=f"{digest[:16]}...", where=file.name)
+
+
+def _in(folder: Path, error: ArtifactError) -> ArtifactError:
+    where = f"{shown(str(folder), 300)}: {error.where}"
+    return ArtifactError(error.rule, got=error.got, where=where, way_out=error.way_out)
+
+
+def _is_there(folder: Path, root: int) -> bool:
+    try:
+        return os.path.samestat(os.lstat(folder), os.fstat(root))
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,65 @@
+"""Every error a user can meet. Each says four things: the rule, what came, where, and the way out.
+
+The command line prints the sentence without a traceback and ends with the class's exit code.
+"""
+
+from __future__ import annotations
+
+
+class FlyweightError(Exception):
+    """Base of all errors that are the answer to a bad input, not a defect of flyweight.
+
+    rule: what is required. got: what came instead. where: the layer, file, option or sample.
+    way_out: what to do next. Empty parts are left out of the sentence.
+    """
+
+    exit_code = 1
+
+    def __init__(self, rule: str, *, got: str = "", where: str = "", way_out: str = "") -> None:
+        super().__init__(rule)
+        self.rule, self.got, self.where, self.way_out = rule, got, where, way_out
+
+    def __str__(self) -> str:
+        """One sentence: rule, got, where, way out."""
+        sentence = self.rule
+        if self.got:
+            sentence += f", got {self.got}"
+        if self.where:
+            sentence += f" (at {self.where})"
+        return f"{sentence}; {self.way_out}" if self.way_out else sentence
+
+
+class UsageError(FlyweightError):
+    """A wrong option, goal, plan or command line."""
+
+    exit_code = 2
+
+
+class ModelError(FlyweightError):
+    """A model that cannot be taken in or changed as asked."""
+
+    exit_code = 3
+
+
+class DataError(FlyweightError):
+    """Examples, training data or scores that cannot be used."""
+
+    exit_code = 4
+
+
+class ArtifactError(FlyweightError):
+    """An artifact, study or plan file that is damaged, foreign or unsafe."""
+
+    exit_code = 5
+
+
+class MachineError(FlyweightError):
+    """Something about this machine: a missing file or package, no room, no such device."""
+
+    exit_code = 6
+
+
+class Interrupted(FlyweightError):
+    """Ctrl-C or a termination signal; what was finished is kept."""
+
+    exit_code = 130

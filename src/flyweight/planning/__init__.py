@@ -1,0 +1,1 @@
+"""What to do where: damage per site, and the candidates worth measuring."""

@@ -1,0 +1,1 @@
+"""Where a model runs, and in which file: one file, one runtime."""

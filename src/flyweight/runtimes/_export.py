@@ -1,0 +1,258 @@
+"""Exports a model to ONNX once per structure, with every site left open.
+
+Each linear, convolution and embedding becomes one node `flyweight.Site` that says only where it is. `_lower.py` fills the
+sites in, as floats or integers, so hundreds of candidates cost one export. Needs onnx and onnxscript.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from flyweight import transforms
+from flyweight.analysis.calls import OPERATIONS, operands
+from flyweight.analysis.sites import run
+from flyweight.analysis.trace import first_line
+from flyweight.errors import ModelError
+from flyweight.records import JSON, Batch, canonical
+from flyweight.runtimes import _structure
+
+DOMAIN, OPSET = "flyweight", 21
+_SKELETONS: dict[str, Skeleton] = {}
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """An ONNX graph whose sites are open."""
+
+    graph: bytes
+    """A serialized ModelProto."""
+    inputs: tuple[str, ...]
+    """Names of the graph's inputs, in the order of `tensors(batch)`."""
+    shapes: tuple[tuple[int | None, ...], ...]
+    """Their shapes; None: any."""
+    template: Any
+    """The model's own output on the first example."""
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    """A batch's tensors, in order."""
+    if isinstance(batch, torch.Tensor):
+        return [batch]
+    return list(batch.values()) if isinstance(batch, dict) else list(batch)
+
+
+def names(batch: Batch) -> tuple[str, ...]:
+    """A name for each of a batch's tensors: the dict's keys, or input, input_1, ..."""
+    if isinstance(batch, dict):
+        return tuple(batch)
+    return tuple(f"input_{index}" if index else "input" for index in range(len(tensors(batch))))
+
+
+def skeleton(model: nn.Module, paths: Mapping[str, nn.Module], examples: Sequence[Batch]) -> Skeleton:
+    """The model's graph with the given sites open; kept in this process, since candidates share structures.
+
+    Raises ModelError when the exporter cannot follow the model.
+    """
+    twin = transforms.substitute(model, {path: _OpenSite(path, module) for path, module in paths.items()})
+    key = _key(twin, examples)
+    if key not in _SKELETONS:
+        template = run(model, examples[0])
+        _SKELETONS[key] = _export(twin.eval(), examples, template)
+    return _SKELETONS[key]
+
+
+class _OpenSite(nn.Module):
+    """A layer without its weight, whose operation is exported as one open node."""
+
+    def __init__(self, path: str, module: nn.Module) -> None:
+        super().__init__()
+        weight = cast(torch.Tensor, module.weight)
+        inner = getattr(module, "inner", module)
+        shell = transforms.shell(inner)
+        self.path, self.shell = path, shell
+        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """A stand-in with the weight's shape, for code that asks for it."""
+        return torch.empty(self.shape, dtype=self.dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with _Open(self.path):
+            return functional_call(self.shell, {"weight": self.weight}, args, kwargs)
+
+
+class _Open(TorchFunctionMode):
+    """Turns the one operation that consumes the weight into an open node."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._path = path
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kind = OPERATIONS.get(func)
+        if kind is None:
+            return func(*args, **(kwargs or {}))
+        x, weight, bias, layout = operands(kind, args, kwargs or {})
+        attributes: dict[str, Any] = {"path": self._path, "kind": kind, "bias": int(bias is not None)}
+        dtype = weight.dtype
+        if kind == "conv":
+            attributes |= _conv_attributes(layout, weight.shape[2:])
+            shape = [*x.shape[: -len(weight.shape[2:])], *_conv_sizes(x, weight, attributes)]
+            shape[-len(weight.shape[2:]) - 1] = weight.shape[0]
+        else:
+            width = weight.shape[0] if kind == "linear" else weight.shape[1]
+            shape = [*x.shape, width] if kind == "embedding" else [*x.shape[:-1], width]
+        return torch.onnx.ops.symbolic(f"{DOMAIN}::Site", [x], attributes, dtype=dtype, shape=shape, version=1)
+
+
+def _conv_attributes(layout: Mapping[str, Any], kernel: Sequence[int]) -> dict[str, Any]:
+    rank = len(kernel)
+    spread = {name: _each(layout[name], rank) for name in ("stride", "dilation")}
+    if layout["padding"] == "same":
+        total = [d * (k - 1) for d, k in zip(spread["dilation"], kernel, strict=True)]
+        pads = [t // 2 for t in total] + [t - t // 2 for t in total]
+    else:
+        pads = 2 * (_each(0 if layout["padding"] == "valid" else layout["padding"], rank))
+    return {"strides": spread["stride"], "dilations": spread["dilation"], "pads": pads, "group": int(layout["groups"])}
+
+
+def _each(value: Any, rank: int) -> list[int]:
+    values = [int(v) for v in value] if isinstance(value, Sequence) else [int(value)]
+    return values * rank if len(values) == 1 else values
+
+
+def _conv_sizes(x: torch.Tensor, weight: torch.Tensor, at: Mapping[str, Any]) -> list[Any]:
+    rank = weight.ndim - 2
+    sizes = zip(x.shape[-rank:], weight.shape[2:], at["strides"], at["dilations"], strict=True)
+    pads = [first + last for first, last in zip(at["pads"][:rank], at["pads"][rank:], strict=True)]
+    return [(n + p - d * (k - 1) - 1) // s + 1 for (n, k, s, d), p in zip(sizes, pads, strict=True)]
+
+
+class _Flat(nn.Module):
+    """The model as a function from tensors to a tuple of tensors."""
+
+    def __init__(self, model: nn.Module, like: Batch) -> None:
+        super().__init__()
+        self.model, self.like = model, like
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if isinstance(self.like, dict):
+            output = self.model(**dict(zip(self.like, inputs, strict=True)))
+        else:
+            output = self.model(*inputs)
+        return tuple(_structure.leaves(output))
+
+
+def _export(twin: nn.Module, examples: Sequence[Batch], template: Any) -> Skeleton:
+    sample, free = _example(examples)
+    reasons = []
+    for batch, dims in ((sample, free), (examples[0], [{} for _ in free])):
+        try:
+            return _skeleton(_program(twin, batch, dims), batch, template)
+        except ModelError:
+            raise
+        except Exception as error:  # the exporter raises whatever the user's own forward provokes
+            reasons.append(first_line(error.__cause__ or error))
+    raise ModelError(
+        "the model must be exportable to ONNX to run here",
+        got=reasons[-1],
+        way_out="use --runtime torch, or remove what the message names from forward",
+    )
+
+
+def _program(twin: nn.Module, batch: Batch, dims: list[dict[int, Any]]) -> Any:
+    with warnings.catch_warnings(), torch.no_grad(), _quiet():
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(
+            _Flat(twin, batch).eval(),
+            tuple(tensors(batch)),
+            dynamo=True,
+            input_names=list(names(batch)),
+            dynamic_shapes=(tuple(dims),) if any(dims) else None,
+            opset_version=OPSET,
+            verbose=False,
+        ).model_proto
+
+
+def _skeleton(proto: Any, batch: Batch, template: Any) -> Skeleton:
+    shapes = [
+        tuple(None if d.dim_param else d.dim_value for d in value.type.tensor_type.shape.dim)
+        for value in proto.graph.input
+    ]
+    if len(shapes) != len(tensors(batch)):
+        kept = {value.name for value in proto.graph.input}
+        raise ModelError("every input must reach the output", got=", ".join(set(names(batch)) - kept) + " unused")
+    inputs = tuple(value.name for value in proto.graph.input)
+    return Skeleton(proto.SerializeToString(), inputs, tuple(shapes), template)
+
+
+def _example(examples: Sequence[Batch]) -> tuple[Batch, list[dict[int, Any]]]:
+    """A batch to trace, of at least two samples, and the dimensions that may vary, per tensor.
+
+    The batch dimension may always vary; so may every dimension that differs among the examples, and the length of
+    integer sequences (tokens). The tracer fixes dimensions of size 1, hence the doubling.
+    """
+    auto = torch.export.Dim.AUTO
+    every = [tensors(batch) for batch in examples if names(batch) == names(examples[0])]
+    first = every[0]
+    lengths = {t.shape[1] for t in first if t.ndim == 2 and not t.is_floating_point()}
+    free: list[dict[int, Any]] = []
+    for index, tensor in enumerate(first):
+        same_rank = [batch[index] for batch in every if batch[index].ndim == tensor.ndim]
+        dims = {d for d in range(tensor.ndim) if len({t.shape[d] for t in same_rank}) > 1}
+        dims |= {0} if tensor.ndim else set()
+        dims |= {1} if tensor.ndim >= 2 and tensor.shape[1] in lengths else set()
+        free.append({d: auto for d in sorted(dims)})
+    batched = {t.shape[0] for t in first if t.ndim}
+    if len(batched) == 1 and all(t.ndim for t in first):
+        first = [torch.cat((t, t)) for t in first]
+    return _like(examples[0], first), free
+
+
+def _like(batch: Batch, values: Sequence[torch.Tensor]) -> Batch:
+    if isinstance(batch, torch.Tensor):
+        return values[0]
+    return dict(zip(batch, values, strict=True)) if isinstance(batch, dict) else tuple(values)
+
+
+def _key(twin: nn.Module, examples: Sequence[Batch]) -> str:
+    """Equal for models that export to the same skeleton: same structure, same values outside the sites."""
+    digest = hashlib.sha256(repr(twin).encode())
+    for path, module in twin.named_modules():
+        if isinstance(module, _OpenSite):
+            digest.update(canonical([path, list(module.shape), str(module.dtype)]))
+    inside = tuple(f"{path}." for path, m in twin.named_modules() if isinstance(m, _OpenSite))
+    for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
+        if not name.startswith(inside or ("\0",)):
+            digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    shapes: list[JSON] = [[name, *map(str, (t.dtype, tuple(t.shape)))] for b in examples for name, t in zip(names(b), tensors(b), strict=True)]
+    digest.update(canonical(shapes))
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress, and its log of optional packages, off the terminal."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,79 @@
+"""The files a prepared model consists of, and the predictor that runs them."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from flyweight.errors import DataError
+from flyweight.records import JSON, Batch
+
+WEIGHTS, GRAPH = "weights.safetensors", "model.onnx"
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A prepared model: call it with a batch, get the model's output."""
+
+    runtime: str
+    call: Callable[[Batch], Any]
+    files: tuple[Path, ...]
+    """The files it runs, all in one folder; their names are WEIGHTS and GRAPH."""
+    inputs: tuple[tuple[str, str, tuple[int | None, ...]], ...] = ()
+    """Name, dtype and shape of each input; None: any size."""
+    outputs: JSON = None
+    """The output's structure, as `_structure.describe` gives it."""
+    layouts: Mapping[str, str] = field(default_factory=dict)
+    """Tensors of WEIGHTS that are stored otherwise than in the PyTorch model."""
+    session: Mapping[str, str] = field(default_factory=dict)
+    """Settings of the runtime's session that belong to the result."""
+
+    def __call__(self, batch: Batch) -> Any:
+        """The output on a batch, on the CPU."""
+        return self.call(batch)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the files."""
+        return sum(path.stat().st_size for path in self.files)
+
+
+def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> dict[str, tuple[int, int]]:
+    """Write tensors as safetensors; returns key -> (offset in the file, bytes)."""
+    save_file({key: tensor.contiguous() for key, tensor in weights.items()}, path)
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+    return {
+        key: (8 + length + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0])
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
+
+
+def match(batch: Batch, names: Sequence[str], shapes: Sequence[tuple[int | None, ...]]) -> list[torch.Tensor]:
+    """A batch's tensors in the order of a graph's inputs; raises DataError when names or shapes do not fit."""
+    if isinstance(batch, dict):
+        if set(batch) != set(names):
+            raise DataError("a batch must have the first example's keys", got=", ".join(batch), way_out=", ".join(names))
+        values = [batch[name] for name in names]
+    else:
+        values = [batch] if isinstance(batch, torch.Tensor) else list(batch)
+    for name, value, shape in zip(names, values, shapes, strict=True):
+        fits = value.ndim == len(shape) and all(s in (None, n) for s, n in zip(shape, value.shape, strict=True))
+        if not fits:
+            wanted = "x".join("any" if s is None else str(s) for s in shape)
+            raise DataError(
+                "an input must have the shape that was traced",
+                got="x".join(map(str, value.shape)),
+                where=f"input {name}",
+                way_out=f"this graph takes {wanted}; vary that dimension among the task's examples to free it",
+            )
+    return values

@@ -1,0 +1,397 @@
+"""Fills an exported skeleton's open sites with what each layer is: floats, or integers that a runtime computes with.
+
+One standard ONNX file serves every runtime here: 8-bit products as QuantizeLinear/DequantizeLinear pairs (unsigned
+activations, signed weights per channel) or as DynamicQuantizeLinear with MatMulInteger, stored weights as
+DequantizeLinear (per channel or in blocks), embeddings as Gather of integer rows.
+Weights are not in the graph: it refers by offset to `weights.safetensors`, so they are stored once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import onnx
+import torch
+from onnx import helper
+from torch import nn
+
+from flyweight.runtimes._export import DOMAIN, Skeleton
+from flyweight.runtimes._state import unique_state
+from flyweight.transforms import QuantizedLayer
+from flyweight.transforms._grid import pack
+
+INLINE = 1024
+"""Constants of at most so many bytes stay in the graph; larger ones move to the weights."""
+TRANSPOSED = "transposed"
+IR_VERSION = 10
+_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.uint8: onnx.TensorProto.UINT8,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int64: onnx.TensorProto.INT64,
+    torch.bool: onnx.TensorProto.BOOL,
+}
+
+
+@dataclass
+class Lowered:
+    """A graph under construction, and the weights it refers to."""
+
+    graph: Any
+    """The ModelProto."""
+    weights: dict[str, torch.Tensor]
+    """What goes to weights.safetensors, by state-dict key, or by onnx.NAME for constants of the graph alone."""
+    layouts: dict[str, str] = field(default_factory=dict)
+    """Keys whose tensor is stored otherwise than in the PyTorch model."""
+    refers: dict[str, tuple[str, int, tuple[int, ...]]] = field(default_factory=dict)
+    """Initializer name -> (key of weights, element type, dimensions)."""
+    nodes: list[Any] = field(default_factory=list)
+    grids: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Graph tensors that are to be rounded to an unsigned 8-bit grid."""
+    outputs: list[tuple[str, tuple[float, int]]] = field(default_factory=list)
+    """Outputs of integer convolutions with their own grid, in order."""
+    dynamic: set[str] = field(default_factory=set)
+
+    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Append a node with one output; returns the output's name."""
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def small(self, name: str, tensor: torch.Tensor) -> str:
+        """A constant kept in the graph; returns its name."""
+        values = tensor.detach().contiguous()
+        self.graph.graph.initializer.append(
+            helper.make_tensor(name, _TYPES[values.dtype], tuple(values.shape), values.numpy().tobytes(), raw=True)
+        )
+        return name
+
+    def stored(self, key: str, kind: int | None = None, shape: Sequence[int] | None = None) -> str:
+        """A constant that lies in the weights under its key; returns its name."""
+        tensor = self.weights[key]
+        self.refers[key] = (key, kind or _TYPES[tensor.dtype], tuple(tensor.shape if shape is None else shape))
+        return key
+
+
+def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) -> Lowered:
+    """The model's graph with every site filled in; model: the module the skeleton was made of."""
+    proto = onnx.ModelProto()
+    proto.ParseFromString(skeleton.graph)
+    low = Lowered(proto, unique_state(model))
+    _state_constants(low)
+    pads = _Pads(proto)
+    for node in proto.graph.node:
+        if node.domain == DOMAIN:
+            at = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+            _site(low, node, at, paths[at["path"].decode()], pads)
+        elif not pads.merged(node):
+            low.nodes.append(node)
+    _output_grids(low)
+    _round_activations(low)
+    _finish(low)
+    return low
+
+
+def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pads: _Pads) -> None:
+    path, kind = at["path"].decode(), at["kind"].decode()
+    x, y = node.input[0], node.output[0]
+    if kind == "embedding":
+        _embedding(low, path, module, x, y)
+    elif kind == "conv":
+        x = pads.source(x, at)
+        _convolution(low, path, module, (x, y), at)
+    else:
+        product = _product(low, path, module, x, f"{y}.product" if at["bias"] else y)
+        if at["bias"]:
+            low.node("Add", [product, low.stored(_bias(path, module))], y)
+
+
+def _bias(path: str, module: nn.Module) -> str:
+    return f"{path}.inner.bias" if isinstance(module, QuantizedLayer) else f"{path}.bias"
+
+
+def _embedding(low: Lowered, path: str, module: nn.Module, x: str, y: str) -> None:
+    if not isinstance(module, QuantizedLayer):
+        low.node("Gather", [low.stored(f"{path}.weight"), x], y)
+        return
+    kind = _TYPES[module.dtype]
+    rows = low.node("Gather", [low.stored(f"{path}.codes"), x], f"{y}.codes")
+    scales = low.node("Gather", [low.stored(f"{path}.scales"), x], f"{y}.scales")
+    low.node("Cast", [rows], f"{y}.rows", to=onnx.TensorProto.FLOAT)
+    scaled = low.node("Mul", [f"{y}.rows", scales], y if kind == onnx.TensorProto.FLOAT else f"{y}.float")
+    if scaled != y:
+        low.node("Cast", [scaled], y, to=kind)
+
+
+def _product(low: Lowered, path: str, module: nn.Module, x: str, y: str) -> str:
+    """Nodes for x @ weight; returns the name of the product."""
+    if not isinstance(module, QuantizedLayer):
+        key = f"{path}.weight"
+        if isinstance(module, nn.Linear):
+            _transpose(low, key)
+        return low.node("MatMul", [x, low.stored(key)], y)
+    if module.activations == "dynamic":
+        return _dynamic_product(low, path, module, x, y)
+    if module.activations == "static":
+        low.grids.setdefault(x, _input_grid(module))
+    return low.node("MatMul", [x, _decoded(low, path, module)], y)
+
+
+def _decoded(low: Lowered, path: str, module: QuantizedLayer) -> str:
+    """A DequantizeLinear of the (I, O) weight; returns the name of the floats."""
+    name = f"{path}.decoded"
+    if name in low.dynamic:
+        return name
+    low.dynamic.add(name)
+    outputs, inputs = module.encoded().codes.shape
+    scales, kind = f"{path}.scales", None
+    if module.on.bits == 4:
+        kind = onnx.TensorProto.INT4 if module.on.symmetric else onnx.TensorProto.UINT4
+        _transpose4(low, f"{path}.codes", module.encoded().codes)
+    else:
+        _transpose(low, f"{path}.codes")
+    codes = low.stored(f"{path}.codes", kind, (inputs, outputs))
+    if module.on.group is None:
+        zeros = _zeros(low, path, module, (outputs,), kind)
+        return low.node("DequantizeLinear", [codes, low.stored(scales, shape=(outputs,)), *zeros], name, axis=1)
+    _transpose(low, scales)
+    zeros = _zeros(low, path, module, (inputs // module.on.group, outputs), kind)
+    return low.node(
+        "DequantizeLinear", [codes, low.stored(scales), *zeros], name, axis=0, block_size=module.on.group
+    )
+
+
+def _zeros(low: Lowered, path: str, module: QuantizedLayer, shape: tuple[int, ...], kind: int | None) -> list[str]:
+    """The name of the zero points of an asymmetric grid, packed like the codes; nothing for a symmetric one."""
+    if module.zeros is None:
+        return []
+    _transpose4(low, f"{path}.zeros", module.zeros)
+    return [low.stored(f"{path}.zeros", kind, shape)]
+
+
+def _dynamic_product(low: Lowered, path: str, module: QuantizedLayer, x: str, y: str) -> str:
+    codes, scales, zero = (f"{x}.{part}" for part in ("q8", "q8_scale", "q8_zero"))
+    if codes not in low.dynamic:
+        low.dynamic.add(codes)
+        low.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], [codes, scales, zero]))
+    _transpose(low, f"{path}.codes")
+    outputs = module.scales.shape[0]
+    zeros = f"{path}.zero"
+    if zeros not in low.dynamic:
+        low.dynamic.add(zeros)
+        low.small(zeros, torch.zeros(outputs, dtype=torch.int8))
+    low.node("MatMulInteger", [codes, low.stored(f"{path}.codes"), zero, zeros], f"{y}.sum")
+    low.node("Cast", [f"{y}.sum"], f"{y}.float", to=onnx.TensorProto.FLOAT)
+    low.node("Mul", [scales, low.stored(f"{path}.scales", shape=(outputs,))], f"{y}.scale")
+    return low.node("Mul", [f"{y}.float", f"{y}.scale"], y)
+
+
+def _convolution(low: Lowered, path: str, module: nn.Module, ends: tuple[str, str], at: Mapping[str, Any]) -> None:
+    (x, y), bias = ends, [low.stored(_bias(path, module))] if at["bias"] else []
+    layout = {name: at[name] for name in ("strides", "pads", "dilations", "group")}
+    if not isinstance(module, QuantizedLayer):
+        low.node("Conv", [x, low.stored(f"{path}.weight"), *bias], y, **layout)
+        return
+    outputs = module.shape[0]
+    codes = low.stored(f"{path}.codes", shape=module.shape)
+    name = f"{path}.decoded"
+    if name not in low.dynamic:
+        low.dynamic.add(name)
+        scales = low.stored(f"{path}.scales", shape=(outputs,))
+        low.node("DequantizeLinear", [codes, scales], name, axis=0)
+        if module.activations == "static" and bias:
+            _integer_bias(low, path, module)
+    if module.activations == "static":
+        low.grids.setdefault(x, _input_grid(module))
+        low.outputs.append((y, (float(module.output_scale), int(module.output_zero))))
+        bias = [f"{path}.bias_decoded"] if bias else []
+    low.node("Conv", [x, name, *bias], y, **layout)
+
+
+def _integer_bias(low: Lowered, path: str, module: QuantizedLayer) -> None:
+    """The bias as 32-bit integers in units of input scale times weight scale, as integer convolutions need it."""
+    scale = module.input_scale.double() * module.scales[:, 0].double()
+    bias = cast(torch.Tensor, module.bias).detach().double()
+    codes = (bias / scale).round().clamp(-(2**31) + 1, 2**31 - 1).to(torch.int32)
+    kept = [_constant(low, f"{path}.bias_codes", codes), _constant(low, f"{path}.bias_scales", scale.float())]
+    low.node("DequantizeLinear", kept, f"{path}.bias_decoded", axis=0)
+
+
+def _constant(low: Lowered, name: str, tensor: torch.Tensor) -> str:
+    if tensor.numel() * tensor.element_size() <= INLINE:
+        return low.small(name, tensor)
+    low.weights[f"onnx.{name}"] = tensor
+    return low.stored(f"onnx.{name}")
+
+
+def _input_grid(module: QuantizedLayer) -> tuple[float, int]:
+    return float(module.input_scale), int(module.input_zero)
+
+
+def _transpose(low: Lowered, key: str) -> None:
+    if key not in low.layouts:
+        low.layouts[key] = TRANSPOSED
+        low.weights[key] = low.weights[key].T.contiguous()
+
+
+def _transpose4(low: Lowered, key: str, codes: torch.Tensor) -> None:
+    """Store 4-bit integers as ONNX packs them: (I, O), flattened, the even element in the low half."""
+    if key not in low.layouts:
+        low.layouts[key] = TRANSPOSED
+        low.weights[key] = pack(codes.T.reshape(1, -1))[0]
+
+
+def _output_grids(low: Lowered) -> None:
+    """Where an integer convolution's output meets no integer layer, round it by its own grid, after its activation."""
+    users = _users(low.nodes)
+    for y, (scale, zero) in low.outputs:
+        name, low_end, high_end = y, -zero * scale, (255 - zero) * scale
+        after = users.get(y, [])
+        if len(after) == 1 and after[0].op_type in ("Relu", "Clip"):
+            floor, ceiling = _bounds(low, after[0])
+            name = after[0].output[0]
+            low_end, high_end = max(low_end, floor), min(high_end, ceiling)
+        if name not in low.grids and users.get(name) and high_end > low_end:
+            step = (high_end - low_end) / 255
+            low.grids[name] = (step, min(255, max(0, round(-low_end / step))))
+
+
+def _bounds(low: Lowered, node: Any) -> tuple[float, float]:
+    if node.op_type == "Relu":
+        return 0.0, float("inf")
+    values = {item.name: onnx.numpy_helper.to_array(item) for item in low.graph.graph.initializer}
+    ends = [values.get(name) for name in (*node.input[1:], "", "")][:2]
+    return (
+        -float("inf") if ends[0] is None else float(ends[0]),
+        float("inf") if ends[1] is None else float(ends[1]),
+    )
+
+
+def _round_activations(low: Lowered) -> None:
+    """Put QuantizeLinear and DequantizeLinear behind every tensor that has a grid; all its users read the rounded one."""
+    renamed, nodes = {}, []
+    produced = {name for node in low.nodes for name in node.output}
+    outside = [name for name in low.grids if name not in produced]
+    for name in outside:
+        nodes += _rounding(low, name)
+        renamed[name] = f"{name}.rounded"
+    for node in low.nodes:
+        for index, name in enumerate(node.input):
+            node.input[index] = renamed.get(name, name)
+        nodes.append(node)
+        for name in node.output:
+            if name in low.grids:
+                nodes += _rounding(low, name)
+                renamed[name] = f"{name}.rounded"
+    low.nodes = nodes
+
+
+def _rounding(low: Lowered, name: str) -> list[Any]:
+    scale, zero = low.grids[name]
+    grid = [
+        low.small(f"{name}.scale8", torch.tensor(scale, dtype=torch.float32)),
+        low.small(f"{name}.zero8", torch.tensor(zero, dtype=torch.uint8)),
+    ]
+    return [
+        helper.make_node("QuantizeLinear", [name, *grid], [f"{name}.codes8"]),
+        helper.make_node("DequantizeLinear", [f"{name}.codes8", *grid], [f"{name}.rounded"]),
+    ]
+
+
+def _users(nodes: Sequence[Any]) -> dict[str, list[Any]]:
+    users: dict[str, list[Any]] = {}
+    for node in nodes:
+        for name in node.input:
+            users.setdefault(name, []).append(node)
+    return users
+
+
+def _state_constants(low: Lowered) -> None:
+    """Let the graph's own constants refer to the weights: those of the model by their key, large others by a new one."""
+    kept = []
+    for item in low.graph.graph.initializer:
+        key = item.name.removeprefix("model.")
+        tensor = torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) if item.data_type in _TYPES.values() else None
+        if tensor is None:
+            kept.append(item)
+        elif key in low.weights and _equal(low.weights[key], tensor):
+            low.refers[item.name] = (key, item.data_type, tuple(item.dims))
+        elif tensor.numel() * tensor.element_size() > INLINE:
+            low.weights[f"onnx.{item.name}"] = tensor
+            low.refers[item.name] = (f"onnx.{item.name}", item.data_type, tuple(item.dims))
+        else:
+            kept.append(item)
+    del low.graph.graph.initializer[:]
+    low.graph.graph.initializer.extend(kept)
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
+
+
+def _finish(low: Lowered) -> None:
+    proto = low.graph
+    del proto.graph.node[:]
+    proto.graph.node.extend(low.nodes)
+    del proto.graph.value_info[:]
+    del proto.metadata_props[:]
+    del proto.functions[:]
+    proto.doc_string, proto.producer_name, proto.producer_version = "", "flyweight", ""
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for index in reversed(range(len(proto.opset_import))):
+        if proto.opset_import[index].domain == DOMAIN:
+            del proto.opset_import[index]
+    proto.ir_version = IR_VERSION
+
+
+class _Pads:
+    """Zero padding before a convolution becomes the convolution's own, so that nothing stands between integer layers."""
+
+    def __init__(self, proto: Any) -> None:
+        values = {item.name: item for item in proto.graph.initializer}
+        users = _users(proto.graph.node)
+        taken = {value.name for value in proto.graph.output}
+        self._pads: dict[str, tuple[str, list[int]]] = {}
+        for node in proto.graph.node:
+            only = users.get(node.output[0], [])
+            alone = len(only) == 1 and only[0].domain == DOMAIN and node.output[0] not in taken
+            if node.op_type == "Pad" and alone and _zero_pad(node, values):
+                amounts = onnx.numpy_helper.to_array(values[node.input[1]]).tolist()
+                if only[0].attribute and _is_conv(only[0]) and not any(amounts[: 2]) and min(amounts) >= 0:
+                    self._pads[node.output[0]] = (node.input[0], amounts)
+
+    def merged(self, node: Any) -> bool:
+        """Whether a node is padding that a convolution takes over."""
+        return bool(node.output) and node.output[0] in self._pads
+
+    def source(self, x: str, at: Any) -> str:
+        """The unpadded input of a convolution whose attributes `at` take over the padding, or its input as it is."""
+        if x not in self._pads:
+            return x
+        source, amounts = self._pads[x]
+        rank = len(at["strides"])
+        total = len(amounts) // 2
+        extra = amounts[total - rank : total] + amounts[2 * total - rank :]
+        at["pads"] = [own + more for own, more in zip(at["pads"], extra, strict=True)]
+        return source
+
+
+def _is_conv(node: Any) -> bool:
+    return any(item.name == "kind" and item.s == b"conv" for item in node.attribute)
+
+
+def _zero_pad(node: Any, values: Mapping[str, Any]) -> bool:
+    mode = next((item.s for item in node.attribute if item.name == "mode"), b"constant")
+    if mode != b"constant" or len(node.input) > 3 and node.input[3] or node.input[1] not in values:
+        return False
+    if len(node.input) > 2 and node.input[2]:
+        fill = values.get(node.input[2])
+        return fill is not None and not onnx.numpy_helper.to_array(fill).any()
+    return True

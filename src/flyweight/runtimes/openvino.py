@@ -1,0 +1,58 @@
+"""OpenVINO on the processor, from the same ONNX file: needs the extra flyweight[openvino]."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from flyweight.analysis.machine import cores
+from flyweight.records import Batch
+from flyweight.runtimes._files import GRAPH, Predictor
+from flyweight.runtimes._graph import Run, write_graph
+
+FILE = True
+"""Whether it runs from a file alone, without the task's model class."""
+
+
+def available() -> str | None:
+    """None, or why it cannot run and how to get it."""
+    missing = [n for n in ("openvino", "onnx", "onnxscript") if importlib.util.find_spec(n) is None]
+    return f"{', '.join(missing)} not installed: pip install 'flyweight[openvino]'" if missing else None
+
+
+def refuse(methods: frozenset[str]) -> str | None:
+    """Why a plan with these methods would not pay here, or None."""
+    if "dynamic_int8" in methods:
+        return "OpenVINO decodes dynamically quantized layers to floats, which is slower than leaving them alone"
+    return None
+
+
+def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
+    """Write the model's files to the folder `where` and load them; ModelError when it cannot be exported."""
+    return write_graph(model, examples, where).predictor("openvino", open_file(where, {}))
+
+
+def open_file(folder: Path, session: Mapping[str, str]) -> Run:
+    """A function from named arrays to output arrays that runs the folder's graph on all cores."""
+    import openvino
+
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": cores(),
+        "INFERENCE_PRECISION_HINT": "f32",
+        **session,
+    }
+    core = openvino.Core()
+    compiled = core.compile_model(core.read_model(folder / GRAPH), "CPU", settings)
+    request = compiled.create_infer_request()
+
+    def call(inputs: dict[str, Any]) -> Sequence[Any]:
+        found = request.infer(inputs)
+        return [np.array(found[port]) for port in compiled.outputs]
+
+    return call

@@ -1,0 +1,47 @@
+"""PyTorch as it is, eager, on the processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flyweight.records import Batch
+from flyweight.runtimes._files import WEIGHTS, Predictor, write_weights
+from flyweight.runtimes._state import unique_state
+
+FILE = False
+"""Whether it runs from a file alone, without the task's model class."""
+
+
+def available() -> str | None:
+    """None, or why it cannot run and how to get it."""
+    return None
+
+
+def refuse(methods: frozenset[str]) -> str | None:
+    """Why a plan with these methods would not pay here, or None."""
+    if methods & {"dynamic_int8", "static_int8"}:
+        return "PyTorch decodes integer layers to floats, which is slower than leaving them alone"
+    return None
+
+
+def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
+    """Write the model's weights to the folder `where` and run it as it is."""
+    write_weights(unique_state(model), where / WEIGHTS)
+    return Predictor(runtime="torch", call=caller(model), files=(where / WEIGHTS,))
+
+
+def caller(model: nn.Module) -> Any:
+    """A function from a batch to the model's output, without gradients."""
+
+    def call(batch: Batch) -> Any:
+        with torch.inference_mode():
+            if isinstance(batch, torch.Tensor):
+                return model(batch)
+            return model(**batch) if isinstance(batch, dict) else model(*batch)
+
+    return call

@@ -1,0 +1,34 @@
+"""PyTorch compiled by TorchInductor: needs a C++ compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flyweight.records import Batch
+from flyweight.runtimes._files import WEIGHTS, Predictor, write_weights
+from flyweight.runtimes._state import unique_state
+from flyweight.runtimes.torch import caller
+from flyweight.runtimes.torch import refuse as refuse
+
+FILE = False
+"""Whether it runs from a file alone, without the task's model class."""
+
+
+def available() -> str | None:
+    """None, or why it cannot run and how to get it."""
+    compiler = os.environ.get("CXX", "g++")
+    return None if shutil.which(compiler) else f"no C++ compiler named {compiler}: install g++ or set CXX"
+
+
+def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
+    """Write the model's weights to the folder `where` and compile it on the first call."""
+    write_weights(unique_state(model), where / WEIGHTS)
+    call = caller(torch.compile(model))
+    call(examples[0])
+    return Predictor(runtime="torch_compile", call=call, files=(where / WEIGHTS,))

@@ -1,0 +1,1 @@
+"""For our tests and plug-in authors': conformance suites, fault injectors, a zoo of small awkward models."""

@@ -1,0 +1,88 @@
+"""What can be done to a model: one file, one method. `apply` is the verb for all of them.
+
+A method file holds `Options`, `levels(site)`, `refuse(site, options, module)` and `replace(model, site, options, context)`,
+which returns new modules by path. Copying, ordering, checking and refusing are done here, once for all methods.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from flyweight import discover
+from flyweight.errors import UsageError
+from flyweight.records import Plan, Site, Step
+from flyweight.transforms import _options
+from flyweight.transforms._contract import Context as Context
+from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
+from flyweight.transforms._quantized import shell as shell
+
+ORDER = ("fold_batch_norm",)
+"""Methods that change structure, in order; all others change values and come after them."""
+
+
+def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context) -> nn.Module:
+    """A new model in eval mode with the plan's steps applied, structure first; the given model is never changed.
+
+    Raises UsageError for an unknown method, site or option, two steps of one stage at one site, or a refused step.
+    """
+    known = {site.name: site for site in sites}
+    model = substitute(model, {})
+    for stage in _stages(plan):
+        changes: dict[str, nn.Module] = {}
+        for index, step in stage:
+            changes.update(_replacements(model, step, f"steps[{index}]", known, context))
+        model = substitute(model, changes)
+    return model.eval()
+
+
+def check(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:
+    """Raise UsageError, as `apply` would, for an unknown method, site or option; nothing is computed."""
+    known = {site.name: site for site in sites}
+    for stage in _stages(plan):
+        for index, step in stage:
+            _site(step, f"steps[{index}]", known)
+
+
+def substitute(model: nn.Module, changes: Mapping[str, nn.Module]) -> nn.Module:
+    """A deep copy of a model with other modules at some paths; shared modules and tied parameters stay shared."""
+    return copy.deepcopy(model, {id(model.get_submodule(path)): new for path, new in changes.items()})
+
+
+def _stages(plan: Plan) -> list[list[tuple[int, Step]]]:
+    """The numbered steps, grouped into stages that see each other's results."""
+    stages: dict[int, list[tuple[int, Step]]] = {}
+    taken: set[tuple[int, str]] = set()
+    for index, step in enumerate(plan.steps):
+        discover.method("transforms", step.method)
+        rank = ORDER.index(step.method) if step.method in ORDER else len(ORDER)
+        if (rank, step.site) in taken:
+            raise UsageError("a site takes one step of each stage", got=f"two for {step.site}", where=f"steps[{index}]")
+        taken.add((rank, step.site))
+        stages.setdefault(rank, []).append((index, step))
+    return [stages[rank] for rank in sorted(stages)]
+
+
+def _replacements(
+    model: nn.Module, step: Step, where: str, known: Mapping[str, Site], context: Context
+) -> Mapping[str, nn.Module]:
+    method = discover.method("transforms", step.method)
+    site, options = _site(step, where, known)
+    reason = method.refuse(site, options, model.get_submodule(site.name))
+    if reason:
+        raise UsageError(f"{step.method} does not fit {site.name}: {reason}", where=where)
+    changes: Mapping[str, nn.Module] = method.replace(model, site, options, context)
+    return changes
+
+
+def _site(step: Step, where: str, known: Mapping[str, Site]) -> tuple[Site, Any]:
+    if step.site not in known:
+        near = difflib.get_close_matches(step.site, known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"the model has {len(known)} sites; see flyweight profile"
+        raise UsageError("a step's site must be a layer of the model", got=repr(step.site), where=where, way_out=hint)
+    method = discover.method("transforms", step.method)
+    return known[step.site], _options.read(method, step.options, f"{where}.options")

@@ -1,0 +1,125 @@
+"""A layer whose weight is stored as integers; its activations may be rounded to 8 bits too.
+
+In PyTorch the weight is decoded on the fly and activations are rounded in floating point: that is the meaning of the
+layer. Runtimes that compute with integers read the same buffers (`flyweight.runtimes._lower`).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.func import functional_call
+
+from flyweight.transforms._grid import Encoded, Grid, decode, encode, pack, unpack
+
+Activations = Literal["float", "dynamic", "static"]
+
+
+class QuantizedLayer(nn.Module):
+    """The layer `inner` with its weight as integers.
+
+    Buffers: codes, (O, I) int8 or (O, ceil(I / 2)) uint8 with two 4-bit integers a byte; scales, (O, G) float32;
+    zeros, (O, G) uint8 when asymmetric; input_scale, input_zero, output_scale, output_zero, () when static.
+    """
+
+    def __init__(self, inner: nn.Module, on: Grid, encoded: Encoded, *, transposed: bool = False) -> None:
+        """inner: the layer, of which a copy without weight is kept; transposed: its weight is (I, O)."""
+        super().__init__()
+        weight = inner.get_parameter("weight")
+        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+        self.inputs, self.transposed = encoded.codes.shape[1], transposed
+        self.on, self.activations = on, "float"
+        self.inner = shell(inner)
+        self.register_buffer("codes", pack(encoded.codes) if on.bits == 4 else encoded.codes)
+        self.register_buffer("scales", encoded.scales)
+        self.register_buffer("zeros", encoded.zeros)
+
+    def static(self, input_grid: tuple[float, int], output_grid: tuple[float, int] | None) -> QuantizedLayer:
+        """Round inputs to the unsigned 8-bit grid (scale, zero point); a runtime may also round outputs to theirs."""
+        self.activations = "static"
+        for name, found in (("input", input_grid), ("output", output_grid)):
+            if found is not None:
+                self.register_buffer(f"{name}_scale", torch.tensor(found[0], dtype=torch.float32))
+                self.register_buffer(f"{name}_zero", torch.tensor(found[1], dtype=torch.uint8))
+        return self
+
+    def dynamic(self) -> QuantizedLayer:
+        """Round inputs to an unsigned 8-bit grid that is found anew for each input."""
+        self.activations = "dynamic"
+        return self
+
+    def encoded(self) -> Encoded:
+        """The integers, unpacked."""
+        codes = unpack(self.codes, self.inputs, self.on.symmetric) if self.on.bits == 4 else self.codes
+        return Encoded(codes, self.scales, self.zeros)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The decoded weight in the layer's own shape and dtype."""
+        decoded = decode(self.encoded()).to(self.dtype)
+        if self.transposed:
+            return decoded.T.reshape(self.shape)
+        return decoded.reshape(self.shape)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's bias; None if it has none."""
+        return getattr(self.inner, "bias", None)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the inner layer computes with the decoded weight and the rounded input."""
+        if self.activations != "float":
+            args, kwargs = _map_first(self._round, args, kwargs)
+        return functional_call(self.inner, {"weight": self.weight}, args, kwargs)
+
+    def _round(self, x: torch.Tensor) -> torch.Tensor:
+        if self.activations == "static":
+            return round_to(x, self.input_scale, self.input_zero.float())
+        low, high = torch.aminmax(x)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = ((high - low) / 255).clamp(min=1e-30)
+        return round_to(x, scale, (-low / scale).round().clamp(0, 255))
+
+
+def shell(layer: nn.Module) -> nn.Module:
+    """A copy of a layer without its weight."""
+    hollow = copy.deepcopy(layer, {id(layer._parameters.get("weight")): None})
+    hollow.register_parameter("weight", None)
+    return hollow
+
+
+def round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """The nearest points of an unsigned 8-bit grid."""
+    codes = (x / scale).round_().add_(zero).clamp_(0, 255)
+    return codes.sub_(zero).mul_(scale).to(x.dtype)
+
+
+def quantized(
+    module: nn.Module, kind: str, on: Grid, energy: torch.Tensor | None = None
+) -> QuantizedLayer:
+    """A quantized copy of a layer; its input energy (input channels,) weighs the scale search below 8 bits."""
+    weight = module.get_parameter("weight").detach()
+    transposed = kind == "linear" and not isinstance(module, nn.Linear)
+    rows = weight.T if transposed else weight.flatten(1) if weight.ndim > 1 else weight[None]
+    return QuantizedLayer(module, on, encode(rows, on, _spread(energy, weight, kind)), transposed=transposed)
+
+
+def _spread(energy: torch.Tensor | None, weight: torch.Tensor, kind: str) -> torch.Tensor | None:
+    """Energy per input of one output channel; None where channels differ in what they see (grouped convolution)."""
+    if energy is None or not bool(energy.any()):
+        return None
+    if kind != "conv":
+        return energy
+    if energy.numel() != weight.shape[1]:
+        return None
+    return energy.repeat_interleave(weight[0, 0].numel())
+
+
+def _map_first(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (function(args[0]), *args[1:]), kwargs
+    name = next(iter(kwargs))
+    return args, {**kwargs, name: function(kwargs[name])}
