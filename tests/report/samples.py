@@ -82,7 +82,14 @@ def layers(number: int) -> tuple[LayerChoice, ...]:
     return tuple(_layer(index, number) for index in range(number))
 
 
-PARTS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output", "intermediate", "output")
+PARTS = (
+    "attention.self.query",
+    "attention.self.key",
+    "attention.self.value",
+    "attention.output",
+    "intermediate",
+    "output",
+)
 
 
 def _layer(index: int, number: int) -> LayerChoice:
@@ -124,7 +131,15 @@ def met(number_of_trials: int = 21, number_of_layers: int = 37) -> Result:
             "operating_system": "Linux 6.1",
             "instructions": ["avx2", "fma"],
         },
-        baseline=measured("the original", "torch", 1.0, 0.0, 1.0, drop_interval=Interval(0, 0), peak_memory_bytes=412_000_000),
+        baseline=measured(
+            "the original",
+            "torch",
+            1.0,
+            0.0,
+            1.0,
+            drop_interval=Interval(0, 0),
+            peak_memory_bytes=412_000_000,
+        ),
         best=best,
         front=front(found),
         trials=tried,
@@ -138,12 +153,19 @@ def met(number_of_trials: int = 21, number_of_layers: int = 37) -> Result:
         evaluations=len(found) + 3,
         seconds=1103.4,
         seconds_measuring=871.0,
-        versions={"flyweight": "0.1.0", "torch": "2.13.0+cpu", "onnxruntime": "1.31.1", "openvino": "2026.4.1"},
+        versions={
+            "flyweight": "0.1.0",
+            "torch": "2.13.0+cpu",
+            "onnxruntime": "1.31.1",
+            "openvino": "2026.4.1",
+        },
         seed=0,
     )
 
 
-def front(found: Iterable[Measured], by: Callable[[Measured], float] = lambda m: -m.speedup) -> tuple[Measured, ...]:
+def front(
+    found: Iterable[Measured], by: Callable[[Measured], float] = lambda m: -m.speedup
+) -> tuple[Measured, ...]:
     """Those that no other beats in drop and objective at once, the best objective first."""
     kept: list[Measured] = []
     for candidate in sorted(found, key=by):
@@ -160,7 +182,9 @@ def infeasible() -> Result:
         return dataclasses.replace(m, drop=m.drop + 0.009, drop_interval=interval, verdict="broken")
 
     result = met()
-    tried = tuple(dataclasses.replace(t, measured=worse(t.measured) if t.measured else None) for t in result.trials)
+    tried = tuple(
+        dataclasses.replace(t, measured=worse(t.measured) if t.measured else None) for t in result.trials
+    )
     found = [trial.measured for trial in tried if trial.measured]
     nearest = min(found, key=lambda m: m.drop)
     return dataclasses.replace(
@@ -184,7 +208,9 @@ def without_intervals() -> Result:
         return dataclasses.replace(m, score_interval=None, drop_interval=None, peak_memory_bytes=None)
 
     result = met(9, 6)
-    tried = tuple(dataclasses.replace(t, measured=strip(t.measured) if t.measured else None) for t in result.trials)
+    tried = tuple(
+        dataclasses.replace(t, measured=strip(t.measured) if t.measured else None) for t in result.trials
+    )
     found = [trial.measured for trial in tried if trial.measured]
     best = min((m for m in found if m.drop <= 0.01), key=lambda m: m.bytes)
     return dataclasses.replace(
@@ -207,7 +233,9 @@ def with_text(result: Result, text: str) -> Result:
         return dataclasses.replace(m, name=text, runtime=text)
 
     tried = tuple(
-        dataclasses.replace(t, name=text, runtime=text, reason=text, measured=mark(t.measured) if t.measured else None)
+        dataclasses.replace(
+            t, name=text, runtime=text, reason=text, measured=mark(t.measured) if t.measured else None
+        )
         for t in result.trials
     )
     return dataclasses.replace(
@@ -219,7 +247,9 @@ def with_text(result: Result, text: str) -> Result:
         best=mark(result.best),
         front=tuple(mark(m) for m in result.front),
         trials=tried,
-        layers=tuple(dataclasses.replace(x, site=text, kind=text, choice=text, reason=text) for x in result.layers),
+        layers=tuple(
+            dataclasses.replace(x, site=text, kind=text, choice=text, reason=text) for x in result.layers
+        ),
         notes=(text, text),
         versions={text: text},
         resolution={"samples": text, "resolvable_drop": text, "samples_needed": text},

@@ -1,4 +1,4 @@
-"""A study file that is cut, flipped, foreign, newer or forged is refused, and never read as something else."""
+"""A study file that is cut, flipped, foreign, newer or forged is refused and never read as something else."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ IDENTITY: dict[str, JSON] = {"model": "ab12", "seed": 0}
 def trial_of(number: int) -> Trial:
     plan = Plan((Step("weight_only", f"layer.{number}", {"bits": 8}),))
     return Trial(
-        number=number, name=f"candidate {number}", runtime="torch", plan=plan, state="failed", reason="why not",
-        measured=None, seconds=1.5,
+        number=number, name=f"candidate {number}", runtime="torch", plan=plan, state="failed",
+        reason="why not", measured=None, seconds=1.5,
     )  # fmt: skip
 
 
@@ -62,64 +62,59 @@ def outcome(path: Path) -> str:
         with Study.open(path, IDENTITY, resume=True) as study:
             found = study.trials()
     except ArtifactError as error:
-        assert all((error.rule, error.got, error.where)), error
-        return "refused"
+        return "refused" if error.rule and error.got and error.where else f"refused without reasons: {error}"
     assert found == tuple(trial_of(number) for number in range(len(found)))
     return str(len(found))
 
 
 def test_a_cut_file_is_refused_at_every_length(
-    tmp_path: Path, whole: bytes, figure: Callable[[int, str], None]
+    quick_path: Path, whole: bytes, figure: Callable[[int, str], None]
 ) -> None:
-    path = tmp_path / "study.db"
     source = random.Random(0)
     near = [page + step for page in range(0, len(whole), 4096) for step in (-1, 0, 1)]
     lengths = {*near, 1, 99, 100, *source.sample(range(len(whole)), TRIES)} & set(range(len(whole)))
     outcomes = Counter()
     for length in sorted(lengths):
-        path.write_bytes(whole[:length])
-        outcomes[outcome(path)] += 1
-    figure(3, f"study file cut at {len(lengths)} lengths: {outcomes['refused']} refused, the rest read alike")
+        quick_path.write_bytes(whole[:length])
+        outcomes[outcome(quick_path)] += 1
+    figure(3, f"study file cut at {len(lengths)} lengths: {outcomes['refused']} refused")
     assert outcomes == {"refused": len(lengths)}
 
 
 def test_flipped_bits_are_refused_or_harmless(
-    tmp_path: Path, whole: bytes, figure: Callable[[int, str], None]
+    quick_path: Path, whole: bytes, figure: Callable[[int, str], None]
 ) -> None:
-    path = tmp_path / "study.db"
     source = random.Random(1)
     outcomes: Counter[str] = Counter()
     for _ in range(2 * TRIES):
-        path.write_bytes(whole)
-        flip(path, source, bits=source.randint(1, 8))
-        outcomes[outcome(path)] += 1
+        quick_path.write_bytes(whole)
+        flip(quick_path, source, bits=source.randint(1, 8))
+        outcomes[outcome(quick_path)] += 1
     silent = sum(outcomes.values()) - outcomes["refused"] - outcomes[str(TRIALS)]
-    harmless = f"{outcomes[str(TRIALS)]} harmless"
-    figure(3, f"{2 * TRIES} flips of 1 to 8 bits in a study: {outcomes['refused']} refused, {harmless}, {silent} silent")
+    figure(3, f"{2 * TRIES} flips of 1 to 8 bits in a study file: {silent} silent different trials")
     assert silent == 0
     assert outcomes["refused"] > TRIES
 
 
-def test_a_study_with_a_harmless_flip_can_go_on(tmp_path: Path, whole: bytes) -> None:
-    path = tmp_path / "study.db"
+def test_a_study_with_a_harmless_flip_can_go_on(quick_path: Path, whole: bytes) -> None:
     source = random.Random(2)
     gone_on = 0
     while gone_on < 10:
-        path.write_bytes(whole)
-        flip(path, source)
-        if outcome(path) == "refused":
+        quick_path.write_bytes(whole)
+        flip(quick_path, source)
+        if outcome(quick_path) == "refused":
             continue
-        with Study.open(path, IDENTITY, resume=True) as study:
+        with Study.open(quick_path, IDENTITY, resume=True) as study:
             for number in range(TRIALS, TRIALS + 30):
                 add(study, number)
-        assert outcome(path) == str(TRIALS + 30)
+        assert outcome(quick_path) == str(TRIALS + 30)
         gone_on += 1
 
 
 def test_a_torn_wal_is_taken_back_to_a_true_beginning(
-    tmp_path: Path, torn: tuple[bytes, bytes], figure: Callable[[int, str], None]
+    quick_path: Path, torn: tuple[bytes, bytes], figure: Callable[[int, str], None]
 ) -> None:
-    path, wal = tmp_path / "study.db", tmp_path / "study.db-wal"
+    path, wal = quick_path, quick_path.with_name("study.db-wal")
     database, log = torn
     lengths = sorted(random.Random(3).sample(range(len(log)), TRIES // 2))
     kept = []
@@ -137,9 +132,9 @@ def test_a_torn_wal_is_taken_back_to_a_true_beginning(
 
 
 def test_flipped_bits_in_the_log_give_a_true_beginning_or_a_refusal(
-    tmp_path: Path, torn: tuple[bytes, bytes], figure: Callable[[int, str], None]
+    quick_path: Path, torn: tuple[bytes, bytes], figure: Callable[[int, str], None]
 ) -> None:
-    path, wal = tmp_path / "study.db", tmp_path / "study.db-wal"
+    path, wal = quick_path, quick_path.with_name("study.db-wal")
     database, log = torn
     source = random.Random(4)
     outcomes: Counter[str] = Counter()
@@ -148,7 +143,8 @@ def test_flipped_bits_in_the_log_give_a_true_beginning_or_a_refusal(
         wal.write_bytes(log)
         flip(wal, source)
         outcomes[outcome(path)] += 1
-    assert sum(outcomes.values()) == TRIES // 2
+    assert not [told for told in outcomes if told.startswith("refused ")]
+    assert len(outcomes) > 10
     figure(3, f"{TRIES // 2} flips in a study's log after a kill: 0 silent different trials")
 
 
@@ -217,7 +213,7 @@ def build_shorter(path: Path) -> None:
 
 
 def build_longer(path: Path) -> None:
-    alter(path, "INSERT INTO finished SELECT 4, kind, key || 'x', value, digest FROM finished WHERE number = 3")
+    alter(path, "INSERT INTO finished SELECT 4, kind, 'new', value, digest FROM finished WHERE number = 3")
 
 
 def build_no_head(path: Path) -> None:

@@ -293,6 +293,7 @@ def fill(path: Path) -> None:
             study.remember("k", str(number), lambda number=number: dict.fromkeys({"x", "y", "z"}, number))
 
 
+@pytest.mark.heavy
 def test_the_file_is_the_same_in_another_process_and_hash_seed(tmp_path: Path) -> None:
     here, there = tmp_path / "1.db", tmp_path / "2.db"
     fill(here)
@@ -309,15 +310,12 @@ fill(Path(sys.argv[1]))
     assert here.read_bytes() == there.read_bytes()
 
 
-def test_a_trial_costs_at_most_two_milliseconds(path: Path, figure: Callable[[int, str], None]) -> None:
-    cpu, wall = [], []
+def test_a_trial_costs_at_most_two_milliseconds(path: Path) -> None:
+    cpu = []
     with Study.open(path, IDENTITY, resume=False) as study:
         for number in range(200):
             plan = plan_of(number)
-            began, began_cpu = time.perf_counter(), time.process_time()
+            began = time.process_time()
             study.trial("x", "torch", plan, run_of(plan))
-            wall.append(1e3 * (time.perf_counter() - began))
-            cpu.append(1e3 * (time.process_time() - began_cpu))
-    times = f"{statistics.median(cpu):.2f} ms of processor, {statistics.median(wall):.2f} ms with the disk"
-    figure(7, f"a stored trial costs {times} (medians of 200)")
-    assert statistics.median(cpu) <= 2
+            cpu.append(1e3 * (time.process_time() - began))
+    assert statistics.median(cpu) <= 2  # the rest of the time is the disk's: one sync for a trial

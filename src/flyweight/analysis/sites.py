@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from flyweight.analysis.calls import Call, Watch, owners
 from flyweight.errors import DataError
+from flyweight.inputs.check import run
 from flyweight.records import Batch, Site
 
 SAMPLE = 1 << 14
@@ -75,14 +76,6 @@ class _Seen:
     energy: torch.Tensor | None = None
     rows: int = 0
     own_input: bool = True
-
-
-def run(model: nn.Module, batch: Batch) -> Any:
-    """The model's output on a batch, without gradients; the model's mode is not changed."""
-    with torch.no_grad():
-        if isinstance(batch, torch.Tensor):
-            return model(batch)
-        return model(**batch) if isinstance(batch, dict) else model(*batch)
 
 
 def analyse(
@@ -152,6 +145,8 @@ class _Recorder:
         active[1] += 1
         if active[1] > 1:
             self._left.setdefault(path, "its weight is used more than once in one forward")
+        if kind_of(self._model.get_submodule(path)) != ("linear" if call.kind == "addmm" else call.kind):
+            self._left.setdefault(path, f"its class does not tell that it computes a {call.kind}")
         if call.bias is not None and call.bias is not self._model.get_submodule(path)._parameters.get("bias"):
             self._left.setdefault(path, "its bias is computed while it runs")
         if call.layout.get("max_norm") is not None:
@@ -212,6 +207,19 @@ def model_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
+def kind_of(module: nn.Module) -> Literal["linear", "conv", "embedding"]:
+    """What a module that owns a `weight` computes, told by its class or, failing that, by its weight's dimensions."""
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    weight = module._parameters.get("weight")
+    return "conv" if weight is not None and weight.ndim > 2 else "linear"
+
+
+def plain_site(model: nn.Module, path: str) -> Site:
+    """A site by its path alone, without statistics or costs, as rebuilding a stored artifact needs it."""
+    return Site(name=path, kind=kind_of(model.get_submodule(path)), parameters=0, bytes=0, macs=0)
+
+
 def _tied(model: nn.Module) -> dict[str, str]:
     """Modules that share one weight, with the reason to leave them alone."""
     users: dict[int, list[str]] = {}
@@ -229,10 +237,9 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 def _site(model: nn.Module, path: str, seen: _Seen) -> Site:
     own = list(model.get_submodule(path).parameters(recurse=False))
-    kind = "linear" if seen.kind == "addmm" else seen.kind
     return Site(
         name=path,
-        kind=cast(Literal["linear", "conv", "embedding"], kind),
+        kind=kind_of(model.get_submodule(path)),
         parameters=sum(p.numel() for p in own),
         bytes=sum(p.numel() * p.element_size() for p in own),
         macs=seen.macs,

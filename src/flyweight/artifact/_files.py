@@ -25,16 +25,18 @@ PIECE = 2**20
 """Bytes that are read at once."""
 Sink: TypeAlias = "Callable[[bytes], object]"
 
-_WAYS_OUT = {
-    errno.ENOSPC: "make room on the disk and run again; what was there before is untouched",
-    errno.EDQUOT: "make room within the disk quota and run again; what was there before is untouched",
-    errno.EFBIG: "raise the limit on file sizes and run again; what was there before is untouched",
-    errno.EACCES: "choose a folder that you may use, or change its permissions",
-    errno.EPERM: "choose a folder that you may use, or change its permissions",
-    errno.EROFS: "choose a folder on a disk that can be written",
-    errno.ENOENT: "check the path",
-    errno.ENOLCK: "choose a folder on a local disk",
+_UNTOUCHED = "and run again; what was there before is untouched"
+_ANSWERS = {
+    errno.ENOSPC: ("the disk must have room", f"make room {_UNTOUCHED}"),
+    errno.EDQUOT: ("the disk quota must leave room", f"make room {_UNTOUCHED}"),
+    errno.EFBIG: ("the file must be within the limit of this process", f"raise the limit {_UNTOUCHED}"),
+    errno.EACCES: ("the folder must be open to you", "choose another folder, or change its permissions"),
+    errno.EPERM: ("the folder must be open to you", "choose another folder, or change its permissions"),
+    errno.EROFS: ("the disk must not be read-only", "choose a folder on another disk"),
+    errno.ENOENT: ("the folder must be there", "check the path"),
+    errno.ENOLCK: ("the disk must know locks", "choose a folder on a local disk"),
 }
+_OTHERWISE = ("the disk must do what is asked of it", "check the disk and run again")
 
 
 @contextmanager
@@ -43,29 +45,21 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise MachineError(
-            "the disk must do what is asked of it",
-            got=error.strerror or str(error),
-            where=shown(str(path), 300),
-            way_out=_WAYS_OUT.get(error.errno or 0, "check the disk and run again"),
-        ) from error
+        rule, way_out = _ANSWERS.get(error.errno or 0, _OTHERWISE)
+        got, where = error.strerror or str(error), shown(str(path), 300)
+        raise MachineError(rule, got=got, where=where, way_out=way_out) from error
 
 
 @contextmanager
 def opened_folder(folder: Path) -> Iterator[int]:
-    """A handle of the folder; raises ArtifactError when it is none, MachineError when it is not there."""
-    where = shown(str(folder), 300)
-    try:
-        kind = os.lstat(folder).st_mode
-    except FileNotFoundError as error:
-        rule = "the folder must be there"
-        raise MachineError(rule, got="no such folder", where=where, way_out="check the path") from error
+    """A handle of the folder; raises ArtifactError when it is something else."""
+    kind = os.lstat(folder).st_mode
     if not stat.S_ISDIR(kind):
         raise damaged(
             "an artifact is a folder",
             got=_kind(kind),
-            where=where,
-            way_out="give the folder itself; other files are loaded by the task, a .pt by torch.load(weights_only=True)",
+            where=shown(str(folder), 300),
+            way_out="give the folder itself; a task loads a .pt file by torch.load(weights_only=True)",
         )
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:

@@ -73,15 +73,18 @@ def replace_folder(folder: Path, fill: Callable[[Path], T]) -> T:
         point("folder:placed")
         os.fsync(parent)
         for leftover in (part, old):
-            _remove(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)  # the next write tries again
     return result
 
 
-def recover(folder: Path) -> None:
-    """Put the old folder back where a killed writer left none; the path is absolute."""
-    if not os.path.lexists(folder) and _beside(folder, "old").is_dir():
-        with locked(folder.parent):
-            _recover(folder)
+def recover(folder: Path) -> bool:
+    """Wait for writers, put back the old folder where a killed one left none; whether there is a folder now.
+
+    The path is absolute.
+    """
+    with locked(folder.parent):
+        _recover(folder)
+        return os.path.lexists(folder)
 
 
 @contextmanager

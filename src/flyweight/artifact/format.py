@@ -97,14 +97,12 @@ def read(folder: Path) -> Artifact:
     folder = folder.absolute()
     with disk_errors(folder):
         while True:
-            recover(folder)
-            with opened_folder(folder) as root:
-                try:
+            try:
+                with opened_folder(folder) as root:
                     return _verified(folder, root)
-                except ArtifactError as error:
-                    # Replaced while it was read: the files of the old one were going. The new one counts.
-                    if _is_there(folder, root):
-                        raise _in(folder, error) from error
+            except FileNotFoundError:
+                if not recover(folder):
+                    raise
 
 
 def tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
@@ -121,6 +119,21 @@ def tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
 
 
 def _verified(folder: Path, root: int) -> Artifact:
+    try:
+        return _artifact(folder, root)
+    except ArtifactError as error:
+        if not _is_at(folder, root):
+            # Replaced while it was read, so that its files were going: the new one counts.
+            raise FileNotFoundError from error
+        where = f"{shown(str(folder), 300)}: {error.where}"
+        raise ArtifactError(error.rule, got=error.got, where=where, way_out=error.way_out) from error
+
+
+def _is_at(folder: Path, root: int) -> bool:
+    return os.path.lexists(folder) and os.path.samestat(os.lstat(folder), os.fstat(root))
+
+
+def _artifact(folder: Path, root: int) -> Artifact:
     names = names_in(root)
     raw = _content(root, MANIFEST, MAX_MANIFEST)
     said = decode(raw)
@@ -210,15 +223,3 @@ def _check_digest(file: StoredFile, digest: str) -> None:
     if digest != file.sha256:
         rule = f"the file must have the digest {file.sha256[:16]}..."
         raise damaged(rule, got=f"{digest[:16]}...", where=file.name)
-
-
-def _in(folder: Path, error: ArtifactError) -> ArtifactError:
-    where = f"{shown(str(folder), 300)}: {error.where}"
-    return ArtifactError(error.rule, got=error.got, where=where, way_out=error.way_out)
-
-
-def _is_there(folder: Path, root: int) -> bool:
-    try:
-        return os.path.samestat(os.lstat(folder), os.fstat(root))
-    except FileNotFoundError:
-        return False

@@ -1,7 +1,7 @@
 """The trade-off picture: what is gained against the original, over what is lost of the score.
 
-The drawing is as wide as the page allows while its text and marks keep their size: positions are percentages. Every
-candidate has a mark of its own shape, and a transparent spot over it that shows its name when hovered or focused.
+Over every candidate's mark lies a transparent spot that shows the candidate's name when it is hovered or focused,
+by style alone. What lies far beyond the goal sits at the picture's edge, as a triangle.
 """
 
 from __future__ import annotations
@@ -10,23 +10,16 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from flyweight.records import Interval, Measured, Objective, Result
-from flyweight.report import _view, _words
+from flyweight.records import Measured, Objective, Result
+from flyweight.report import _draw, _scale, _view, _words
 from flyweight.report._markup import Markup, element, join, within
-from flyweight.report._scale import Axis, linear, logarithmic
 
 BUDGET = 200_000
+CORNERS = ((1, -1), (1, 1), (-1, -1), (-1, 1))
 AXIS_NAMES: dict[Objective, str] = {
     "latency": "times faster than the original",
     "size": "times smaller than the original",
     "memory": "times less memory than the original",
-}
-SHAPES: dict[str, str] = {
-    "original": "M0-6.5 6.5 0 0 6.5-6.5 0z",
-    "best": "M0-11 2.7-3.8 10.5-3.4 4.4 1.5 6.5 8.9 0 4.6-6.5 8.9-4.4 1.5-10.5-3.4-2.7-3.8z",
-    "front": "M-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z",
-    "other": "M-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0-7 0z",
-    "broken": "M-3.5-3.5 3.5 3.5M-3.5 3.5 3.5-3.5",
 }
 
 
@@ -35,24 +28,38 @@ class Point:
     """A candidate's place in the picture."""
 
     row: _view.Row
-    gain: float
-    drop: float
+    left: float
+    """Percent of the width."""
+    top: float
+    """Percent of the height."""
+    inside: bool
+    """Whether the drop lies on the axis; if not, the point sits at the edge."""
+
+
+@dataclass(frozen=True)
+class Axes:
+    """How many times better to the right, and the drop downwards."""
+
+    gain: _scale.Axis
+    drop: _scale.Axis
 
 
 def tradeoff(result: Result) -> Markup:
     """The picture with its legend, and a sentence on what could not be drawn."""
-    points = _points(result)
-    if not points:
+    rows = [row for row in _view.rows(result) if _drawable(row, result)]
+    if not rows:
         return element("p", {"class": "quiet"}, "No candidate has finite figures for this picture.")
-    x, y = _gain_axis(points, result), _drop_axis(points, result.goal.max_drop)
-    spots, shown = within((_spot(point, x, y, result) for point in points), BUDGET)
+    axes = Axes(_gain_axis(rows, result), _drop_axis(rows, result.goal.max_drop))
+    points = [_point(row, axes, result) for row in rows]
+    spots, shown = within((_spot(point, result) for point in points), BUDGET)
+    points = points[:shown]
     drawing = element(
         "svg",
         {"aria-hidden": "true"},
-        _frame(x, y, result),
-        _front(points, x, y),
-        *(_drawn(point, x, y, result) for point in reversed(points[:shown])),  # the best is drawn over the others
-        *(_name(point, points, x, y, result) for point in points if point.row.role in ("original", "best")),
+        _frame(axes, result),
+        _stairs(points),
+        *(_drawn(point, axes, result) for point in reversed(points)),  # so that the best lies on top
+        *(_name(point, points, result) for point in points if point.row.role in ("original", "best")),
     )
     return element(
         "figure",
@@ -63,187 +70,147 @@ def tradeoff(result: Result) -> Markup:
     )
 
 
-def gauge(result: Result) -> Markup:
-    """The drop of the best with its interval beside the bound, on one line."""
-    drop, limit, ends = result.best.drop, result.goal.max_drop, _ends(result.best.drop_interval)
-    if not math.isfinite(drop):
-        return join(())
-    low, high = min(0.0, drop, *ends), max(limit, drop, *ends, 1e-4)
-    axis = linear(low - 0.08 * (high - low), high + 0.15 * (high - low), 4)
-    at = axis.at(drop)
-    parts = [
-        _rect(_pc(axis.at(limit)), "0", _pc(100 - axis.at(limit)), "44", "beyond"),
-        _line(axis.at(0), 0, axis.at(0), 100, "one"),
-        _line(axis.at(limit), 0, axis.at(limit), 100, "limit"),
-    ]
-    parts.append(_text(_pc(axis.at(limit)), "0", "goal", "limit-name x", dy="-6"))
-    parts += [_text(_pc(axis.at(tick)), "44", _percent(tick), "tick x", dy="18") for tick in axis.ticks]
-    if ends:
-        parts.append(_line(axis.at(min(ends)), 50, axis.at(max(ends)), 50, "whisker best"))
-    parts.append(element("svg", {"x": _pc(at), "y": "50%", "class": "mark best"}, _path("best")))
-    return element("svg", {"class": "gauge", "role": "img", "aria-label": "The drop beside the goal"}, *parts)
+def _drawable(row: _view.Row, result: Result) -> bool:
+    gain = _gain(row, result)
+    return gain is not None and _scale.drawable(gain) and gain > 1e-6 and _scale.drawable(row.measured.drop)
 
 
-def mark(shape: str) -> Markup:
-    """The small picture of a candidate's role, to tie tables and legend to the plot."""
-    return element(
-        "svg", {"class": f"mark {shape}", "viewBox": "-10 -10 20 20", "aria-hidden": "true"}, _path(shape)
-    )
+def _gain(row: _view.Row, result: Result) -> float | None:
+    return _view.factor(result, row.measured, result.goal.minimize)
 
 
-def shape(row: _view.Row) -> str:
-    """The mark's name: the role, but "broken" for another trial that breaks the goal."""
-    return "broken" if row.role == "other" and row.measured.verdict == "broken" else row.role
-
-
-def _points(result: Result) -> list[Point]:
-    found = []
-    for row in _view.rows(result):
-        gain = _view.factor(result, row.measured, result.goal.minimize)
-        if gain is not None and 0 < gain < math.inf and math.isfinite(row.measured.drop):
-            found.append(Point(row, gain, row.measured.drop))
-    return found
-
-
-def _gain_axis(points: list[Point], result: Result) -> Axis:
-    gains = [point.gain for point in points]
+def _gain_axis(rows: list[_view.Row], result: Result) -> _scale.Axis:
+    gains = [gain for row in rows if (gain := _gain(row, result)) is not None]
     if result.goal.minimize == "latency":
-        gains += [end for p in points if p.row.role != "other" for end in _ends(p.row.measured.speedup_interval)]
+        told = (row for row in rows if row.role != "other")
+        gains += [end for row in told for end in _scale.ends(row.measured.speedup_interval) if end > 1e-6]
     low, high = min(1.0, *gains), max(1.0, *gains)
     room = max((high / low) ** 0.06, 1.02)
-    return logarithmic(low / room, high * room)
+    return _scale.logarithmic(low / room, high * room)
 
 
-def _drop_axis(points: list[Point], max_drop: float) -> Axis:
-    """From a little above the best score to a few times the bound; what is worse sits at the lower edge."""
-    told = [p for p in points if p.row.role in ("original", "best")]
-    ends = [end for p in told for end in (p.drop, *_ends(p.row.measured.drop_interval))]
+def _drop_axis(rows: list[_view.Row], max_drop: float) -> _scale.Axis:
+    """From a little above the best score to a few times the goal, or as far as the best and most of the front reach."""
+    told = [row.measured for row in rows if row.role in ("original", "best")]
+    ends = [end for m in told for end in (m.drop, *_scale.ends(m.drop_interval))]
     reach = max(2.5 * max_drop, 1.1 * max(ends), 0.002)
-    reach = max(reach, *(1.05 * p.drop for p in points if p.row.role == "front" and p.drop < 2 * reach), 0)
-    low = min(0.0, *ends, *(p.drop for p in points if p.drop > -reach))
-    return linear(max(low, -3 * reach) - 0.08 * reach, reach)
+    front = (1.05 * row.measured.drop for row in rows if row.role == "front")
+    reach = max([reach, *(drop for drop in front if drop < 2 * reach)])
+    low = min([0.0, *ends, *(row.measured.drop for row in rows if row.measured.drop > -reach)])
+    return _scale.linear(max(low, -3 * reach) - 0.08 * reach, reach)
 
 
-def _ends(interval: Interval | None) -> list[float]:
-    return [] if interval is None else [end for end in (interval.low, interval.high) if 0 < abs(end) < math.inf]
+def _point(row: _view.Row, axes: Axes, result: Result) -> Point:
+    drop = row.measured.drop
+    return Point(row, axes.gain.at(_gain(row, result) or 1.0), axes.drop.at(drop), axes.drop.holds(drop))
 
 
-def _frame(x: Axis, y: Axis, result: Result) -> Markup:
-    limit = y.at(result.goal.max_drop)
-    parts = [_rect("0", _pc(limit), "100%", _pc(100 - limit), "beyond")]
-    for tick in x.ticks:
-        parts.append(_line(x.at(tick), 0, x.at(tick), 100, "one" if math.isclose(tick, 1) else "grid"))
-        parts.append(_text(_pc(x.at(tick)), "100%", f"{tick:.4g}×", "tick x", dy="18"))
-    for tick in y.ticks:
-        parts.append(_line(0, y.at(tick), 100, y.at(tick), "grid"))
-        parts.append(_text("0", _pc(y.at(tick)), _percent(tick), "tick y", dx="-8", dy="4"))
-    parts.append(_line(0, limit, 100, limit, "limit"))
-    label = f"goal: a drop of at most {_words.bound(result.goal.max_drop)}"
-    parts.append(_text("0", _pc(limit), label, "limit-name", dx="8", dy="17"))
-    parts.append(_text("50%", "100%", AXIS_NAMES[result.goal.minimize], "axis x", dy="38"))
-    parts.append(_text("0", "0", "drop of the score, downwards", "axis y", dx="-46", dy="-12"))
+def _frame(axes: Axes, result: Result) -> Markup:
+    limit = axes.drop.at(result.goal.max_drop)
+    parts = [_draw.area(0, limit, "beyond")]
+    for tick in axes.gain.ticks:
+        left = axes.gain.at(tick)
+        parts.append(_draw.line((left, 0), (left, 100), "one" if math.isclose(tick, 1) else "grid"))
+        parts.append(_draw.text(left, 100, f"{tick:.4g}×", "tick x", (0, 18)))
+    for tick in axes.drop.ticks:
+        top = axes.drop.at(tick)
+        parts.append(_draw.line((0, top), (100, top), "grid"))
+        parts.append(_draw.text(0, top, _words.tick(tick), "tick y", (-8, 4)))
+    goal = f"goal: a drop of at most {_words.bound(result.goal.max_drop)}"
+    parts.append(_draw.line((0, limit), (100, limit), "limit"))
+    parts.append(_draw.text(0, limit, goal, "limit-name", (8, 17)))
+    parts.append(_draw.text(50, 100, AXIS_NAMES[result.goal.minimize], "axis x", (0, 38)))
+    parts.append(_draw.text(0, 0, "drop of the score, downwards", "axis y", (-46, -12)))
     return join(parts)
 
 
-def _front(points: list[Point], x: Axis, y: Axis) -> Markup:
-    """The stairs through the points that no other beats: what a gain costs at least."""
-    stairs = sorted((p for p in points if p.row.role != "other"), key=lambda p: (p.gain, -p.drop))
-    best: list[Point] = []
-    for point in reversed(stairs):
-        if not best or point.drop < best[-1].drop:
-            best.append(point)
-    best.reverse()
+def _stairs(points: list[Point]) -> Markup:
+    """The stairs through the points that no other beats: the least drop at which a gain was found."""
+    kept: list[Point] = []
+    told = [point for point in points if point.row.role != "other"]
+    for point in sorted(told, key=lambda point: (-point.left, point.top)):
+        if not kept or point.top < kept[-1].top:
+            kept.append(point)
     parts = []
-    for left, right in itertools.pairwise(best):
-        parts.append(_line(x.at(left.gain), y.at(left.drop), x.at(left.gain), y.at(right.drop), "stairs"))
-        parts.append(_line(x.at(left.gain), y.at(right.drop), x.at(right.gain), y.at(right.drop), "stairs"))
+    for right, left in itertools.pairwise(kept):
+        parts.append(_draw.line((left.left, left.top), (left.left, right.top), "stairs"))
+        parts.append(_draw.line((left.left, right.top), (right.left, right.top), "stairs"))
     return join(parts)
 
 
-def _drawn(point: Point, x: Axis, y: Axis, result: Result) -> Markup:
-    left, top, role = x.at(point.gain), y.at(point.drop), point.row.role
+def _drawn(point: Point, axes: Axes, result: Result) -> Markup:
+    """The mark with its intervals; at the edge a triangle without them."""
+    m, role, name = point.row.measured, point.row.role, _draw.shape(point.row)
+    if not point.inside:
+        path = _draw.BELOW if point.top > 50 else _draw.ABOVE
+        return _draw.mark_at(point.left, point.top, "other" if name == "broken" else name, path)
     parts = []
-    if point.row.measured.drop_interval is not None and y.holds(point.drop):
-        ends = point.row.measured.drop_interval
-        parts.append(_line(left, y.at(ends.low), left, y.at(ends.high), f"whisker {role}"))
-    if role != "other" and result.goal.minimize == "latency" and y.holds(point.drop):
-        ends = point.row.measured.speedup_interval
-        parts.append(_line(x.at(ends.low), top, x.at(ends.high), top, f"whisker {role}"))
-    figure = _path(shape(point.row)) if y.holds(point.drop) else _off_scale(point, y)
-    parts.append(element("svg", {"x": _pc(left), "y": _pc(top), "class": f"mark {shape(point.row)}"}, figure))
-    return join(parts)
+    if drops := _scale.ends(m.drop_interval):
+        low, high = axes.drop.at(min(drops)), axes.drop.at(max(drops))
+        parts.append(_draw.line((point.left, low), (point.left, high), f"whisker {role}"))
+    gains = _scale.ends(m.speedup_interval)
+    if gains and role in ("best", "front") and result.goal.minimize == "latency":
+        low, high = axes.gain.at(min(gains)), axes.gain.at(max(gains))
+        parts.append(_draw.line((low, point.top), (high, point.top), f"whisker {role}"))
+    return join((*parts, _draw.mark_at(point.left, point.top, name)))
 
 
-def _name(point: Point, points: list[Point], x: Axis, y: Axis, result: Result) -> Markup:
+def _name(point: Point, points: list[Point], result: Result) -> Markup:
     """The point's role beside it, in the corner with the fewest other points."""
-    left, top = x.at(point.gain), y.at(point.drop)
-    places = [(x.at(p.gain) - left, y.at(p.drop) - top) for p in points if p is not point]
+    others = [(p.left - point.left, p.top - point.top) for p in points if p is not point]
 
     def crowd(corner: tuple[int, int]) -> int:
-        outside = not (0 < left + 12 * corner[0] < 100 and 0 < top + 8 * corner[1] < 100)
-        near = (-1 < dx * corner[0] < 18 and -3 < dy * corner[1] < 11 for dx, dy in places)
-        return sum(near) + 100 * outside
+        right, below = corner
+        outside = not (0 < point.left + 12 * right < 100 and 0 < point.top + 8 * below < 100)
+        return sum(-1 < dx * right < 18 and -3 < dy * below < 11 for dx, dy in others) + 1000 * outside
 
-    right, below = min(((1, -1), (1, 1), (-1, -1), (-1, 1)), key=crowd)
-    name = _view.role_name(point.row.role, result)
+    right, below = min(CORNERS, key=crowd)
     kind = "name" if right > 0 else "name end"
-    return _text(_pc(left), _pc(top), name, kind, dx=str(12 * right), dy="21" if below > 0 else "-11")
+    shift = (12 * right, 21 if below > 0 else -11)
+    return _draw.text(point.left, point.top, _view.role_name(point.row.role, result), kind, shift)
 
 
-def _off_scale(point: Point, y: Axis) -> Markup:
-    down = point.drop > y.high
-    return element("path", {"d": "M-5-8h10L0 0z" if down else "M-5 8h10L0 0z"})
-
-
-def _spot(point: Point, x: Axis, y: Axis, result: Result) -> Markup:
-    left, top = x.at(point.gain), y.at(point.drop)
-    place = f"{'right' if left > 66 else 'left' if left < 33 else 'middle'} {'below' if top < 40 else 'above'}"
+def _spot(point: Point, result: Result) -> Markup:
+    side = "right" if point.left > 66 else "left" if point.left < 33 else "middle"
     lines = _told(point.row.measured, result)
-    return element(
-        "span",
-        {
-            "class": f"spot {point.row.role} {place}",
-            "style": f"left:{_pc(left)};top:{_pc(top)}",
-            "tabindex": "0",
-            "role": "img",
-            "aria-label": f"{_view.role_name(point.row.role, result)}: {'; '.join(lines)}",
-        },
-        element("span", {"class": "tip"}, element("b", {}, lines[0]), *(element("i", {}, line) for line in lines[1:])),
-    )
+    about = {
+        "class": f"spot {point.row.role} {side} {'below' if point.top < 40 else 'above'}",
+        "style": f"left:{_draw.pc(point.left)};top:{_draw.pc(point.top)}",
+        "tabindex": "0",
+        "role": "img",
+        "aria-label": f"{_view.role_name(point.row.role, result)}: {'; '.join(lines)}",
+    }
+    figures = (element("i", {}, line) for line in lines[1:])
+    return element("span", about, element("span", {"class": "tip"}, element("b", {}, lines[0]), *figures))
 
 
 def _told(measured: Measured, result: Result) -> list[str]:
-    """A candidate in a few lines: name, gain, drop, size."""
+    """A candidate in a few lines: its name, then its figures."""
     gain, word = _words.compared(_view.factor(result, measured, result.goal.minimize), result.goal.minimize)
-    between = _words.span(measured.drop_interval, _words.percent)
+    interval = _words.span(measured.drop_interval, _words.percent)
     return [
         f"{_words.one_line(measured.name, 90)} on {_words.one_line(measured.runtime, 30)}",
         f"{gain} {word}",
-        f"drop {_words.percent(measured.drop)}" + (f" ({between})" if between else ""),
+        f"drop {_words.percent(measured.drop)}" + (f" ({interval})" if interval else ""),
         f"{_words.milliseconds(measured.latency_ms)}, {_words.size(measured.bytes)}, {measured.verdict}",
     ]
 
 
 def _legend(points: list[Point], result: Result) -> Markup:
-    shown = {shape(point.row) for point in points}
-    names = {
+    names: dict[_draw.Shape, str] = {
         "original": "original",
         "best": "recommended" if result.status == "met" else "nearest to the goal",
         "front": "alternative that no other beats in both",
         "other": "other trial",
         "broken": "other trial that breaks the goal",
     }
-    items = [element("li", {}, mark(key), name) for key, name in names.items() if key in shown]
+    shown = {_draw.shape(point.row) for point in points}
+    items = [element("li", {}, _draw.mark(name), words) for name, words in names.items() if name in shown]
     if any(point.row.measured.drop_interval for point in points):
         items.append(element("li", {}, element("span", {"class": "bar"}), "95 % interval"))
-    if any(not _drop_axis(points, result.goal.max_drop).holds(point.drop) for point in points):
-        items.append(element("li", {}, _triangle(), "beyond the edge"))
+    if not all(point.inside for point in points):
+        items.append(element("li", {}, _draw.mark("other", "M-5-5h10L0 4z"), "beyond the edge"))
     return element("figcaption", {}, element("ul", {"class": "legend"}, *items))
-
-
-def _triangle() -> Markup:
-    path = element("path", {"d": "M-5-5h10L0 4z"})
-    return element("svg", {"class": "mark other", "viewBox": "-10 -10 20 20", "aria-hidden": "true"}, path)
 
 
 def _not_drawn(number: int, objective: Objective) -> Markup:
@@ -251,27 +218,3 @@ def _not_drawn(number: int, objective: Objective) -> Markup:
         return join(())
     why = f"no finite figure for {objective} and drop, or no room"
     return element("p", {"class": "quiet"}, f"Not drawn: {_words.plural(number, 'candidate')} ({why}).")
-
-
-def _path(name: str) -> Markup:
-    return element("path", {"d": SHAPES[name]})
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, name: str) -> Markup:
-    return element("line", {"x1": _pc(x1), "y1": _pc(y1), "x2": _pc(x2), "y2": _pc(y2), "class": name})
-
-
-def _rect(x: str, y: str, width: str, height: str, name: str) -> Markup:
-    return element("rect", {"x": x, "y": y, "width": width, "height": height, "class": name})
-
-
-def _text(x: str, y: str, text: str, name: str, dx: str = "0", dy: str = "0") -> Markup:
-    return element("text", {"x": x, "y": y, "dx": dx, "dy": dy, "class": name}, text)
-
-
-def _percent(fraction: float) -> str:
-    return _words.bound(round(fraction, 9)).replace("-", "−")
-
-
-def _pc(value: float) -> str:
-    return f"{value:.2f}%"

@@ -6,6 +6,11 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from flyweight.records import Interval
+
+LARGEST = 1e6
+"""Beyond this a value is taken for a defect of the measurement and not drawn."""
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -48,6 +53,18 @@ def logarithmic(low: float, high: float, count: int = 6) -> Axis:
         if len(ticks) <= count:
             return Axis(low, high, ticks, log=True)
     return Axis(low, high, ticks[:: math.ceil(len(ticks) / count)], log=True)
+
+
+def drawable(value: float) -> bool:
+    """Whether a value is finite and of a size that can be drawn beside others."""
+    return math.isfinite(value) and abs(value) <= LARGEST
+
+
+def ends(interval: Interval | None) -> list[float]:
+    """Both ends of an interval that can be drawn; none otherwise."""
+    if interval is None or not (drawable(interval.low) and drawable(interval.high)):
+        return []
+    return [interval.low, interval.high]
 
 
 def _between(low: float, high: float, values: Iterable[float]) -> tuple[float, ...]:

@@ -69,7 +69,9 @@ def _lanes(layers: Sequence[LayerChoice]) -> list[Lane]:
 
 
 def _lane(lane: Lane, columns: Sequence[Column]) -> Markup:
-    runs = itertools.groupby(columns, lambda column: any(layer.choice in lane.choices for layer in column.layers))
+    runs = itertools.groupby(
+        columns, lambda column: any(layer.choice in lane.choices for layer in column.layers)
+    )
     bars = [_run(list(run), lane) for inside, run in runs if inside]
     return _row(lane.name, _words.plural(lane.layers, "layer"), "lane", bars)
 
@@ -78,15 +80,20 @@ def _run(columns: list[Column], lane: Lane) -> Markup:
     first, last = columns[0], columns[-1]
     names = [layer.site for column in columns for layer in column.layers if layer.choice in lane.choices]
     told = names[0] if len(names) == 1 else f"{len(names)} layers, {_short(names[0])} to {_short(names[-1])}"
-    return _bar(first.left, last.left + last.width - first.left, 0, 100, f"{_short(told, 160)}: {_short(lane.name)}")
+    return _bar(
+        first.left, last.left + last.width - first.left, 0, 100, f"{_short(told, 160)}: {_short(lane.name)}"
+    )
 
 
 def _damage(columns: Sequence[Column]) -> Markup:
     """A bar per column on a logarithmic scale: the largest damage of its layers."""
-    known = [value for column in columns if (value := _worst(column)) is not None and value > 0]
+    known = [worst for column in columns if (worst := _worst(column))]
     if not known:
         return element("p", {"class": "quiet"}, "No damage was predicted for single layers.")
-    low, high = (10.0 ** math.floor(math.log10(min(known))), 10.0 ** math.ceil(math.log10(max(known) * 1.001)))
+    low, high = (
+        10.0 ** math.floor(math.log10(min(known))),
+        10.0 ** math.ceil(math.log10(max(known) * 1.001)),
+    )
     axis = Axis(low, high, (), log=True)
     bars = [_damage_bar(column, axis) for column in columns]
     told = f"{low:g} to {high:g}, logarithmic".replace("e-0", "e-")
@@ -104,12 +111,20 @@ def _damage_bar(column: Column, axis: Axis) -> Markup:
 
 
 def _worst(column: Column) -> float | None:
-    return max((d for layer in column.layers if (d := layer.damage) is not None and math.isfinite(d)), default=None)
+    """The largest damage, within what an axis can show; None when none was predicted."""
+    known = [
+        layer.damage for layer in column.layers if layer.damage is not None and math.isfinite(layer.damage)
+    ]
+    if not known:
+        return None
+    return min(max(known), 1e30) if max(known) > 1e-30 else 0.0
 
 
 def _ends(layers: Sequence[LayerChoice]) -> Markup:
     first, last = (element("span", {}, _short(layer.site, 40)) for layer in (layers[0], layers[-1]))
-    return element("div", {"class": "row foot"}, element("span", {}), element("div", {"class": "ends"}, first, last))
+    return element(
+        "div", {"class": "row foot"}, element("span", {}), element("div", {"class": "ends"}, first, last)
+    )
 
 
 def _row(name: str, note: str, kind: str, bars: list[Markup]) -> Markup:

@@ -6,12 +6,24 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from flyweight.records import JSON, LayerChoice, Measured, Objective, Result, Trial
-from flyweight.report import _plot, _view, _words
+from flyweight.report import _draw, _view, _words
 from flyweight.report._markup import Markup, element, join, within
 
 BUDGET = 350_000
 NUMBERS = frozenset(
-    ("score", "drop", "latency", "speed-up", "size", "memory", "no.", "time", "parameters", "MACs", "predicted damage")
+    (
+        "score",
+        "drop",
+        "latency",
+        "speed-up",
+        "size",
+        "memory",
+        "no.",
+        "time",
+        "parameters",
+        "MACs",
+        "predicted damage",
+    )
 )
 
 
@@ -52,7 +64,9 @@ def _table(name: str, head: Sequence[str], rows: Sequence[Markup]) -> Markup:
     whole = element(
         "table", {"class": name}, element("thead", {}, element("tr", {}, *titles)), element("tbody", {}, body)
     )
-    scroller = element("div", {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": name}, whole)
+    scroller = element(
+        "div", {"class": "scroll", "tabindex": "0", "role": "region", "aria-label": name}, whole
+    )
     if shown == len(rows):
         return scroller
     rest = f"The first {shown:,} of {len(rows):,} {name}; result.json has them all."
@@ -63,12 +77,22 @@ def _candidate(row: _view.Row, result: Result) -> Markup:
     m, reference = row.measured, row.role == "original"
     told = f"{_view.role_name(row.role, result)}, on {_short(m.runtime)}"
     name = element("span", {}, _short(m.name), element("small", {}, told))
-    head = element("th", {"scope": "row"}, element("span", {"class": "who"}, _plot.mark(_plot.shape(row)), name))
+    head = element(
+        "th", {"scope": "row"}, element("span", {"class": "who"}, _draw.mark(_draw.shape(row)), name)
+    )
     cells = (
         _cell("score", _words.score(m.score), _words.span(m.score_interval, _words.score)),
-        _cell("drop", _words.percent(m.drop), "" if reference else _words.span(m.drop_interval, _words.percent)),
-        _cell("latency", _words.milliseconds(m.latency_ms), _words.span(m.latency_interval, _words.milliseconds)),
-        _cell("speed-up", _words.ratio(m.speedup), "" if reference else _words.span(m.speedup_interval, _words.ratio)),
+        _cell(
+            "drop", _words.percent(m.drop), "" if reference else _words.span(m.drop_interval, _words.percent)
+        ),
+        _cell(
+            "latency", _words.milliseconds(m.latency_ms), _words.span(m.latency_interval, _words.milliseconds)
+        ),
+        _cell(
+            "speed-up",
+            _words.ratio(m.speedup),
+            "" if reference else _words.span(m.speedup_interval, _words.ratio),
+        ),
         _cell("size", _words.size(m.bytes), "" if reference else _against(result, m, "size")),
         _cell("memory", _words.size(m.peak_memory_bytes), "" if reference else _against(result, m, "memory")),
         _cell("goal", _words.DASH if reference else badge(m.verdict)),
@@ -79,7 +103,14 @@ def _candidate(row: _view.Row, result: Result) -> Markup:
 def _layer(choice: LayerChoice) -> tuple[str | Markup, ...]:
     name = element("code", {}, _short(choice.site))
     figures = _words.count(choice.parameters), _words.count(choice.macs)
-    return name, _short(choice.kind), *figures, _short(choice.choice), _words.damage(choice.damage), choice.reason
+    return (
+        name,
+        _short(choice.kind),
+        *figures,
+        _short(choice.choice),
+        _words.damage(choice.damage),
+        choice.reason,
+    )
 
 
 def _trial(trial: Trial) -> tuple[str | Markup, ...]:

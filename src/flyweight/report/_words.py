@@ -7,14 +7,18 @@ A figure that is missing or not finite becomes DASH. The minus is U+2212 and the
 from __future__ import annotations
 
 import math
-import unicodedata
 from collections.abc import Callable
 
 from flyweight.records import Interval, Objective
 
 DASH = "–"
-BIDI = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\ufeff")
-ASCII = str.maketrans({"×": "x", "−": "-", "–": "-", "…": "..", "µ": "u", "·": "-", "’": "'"})
+UNSAFE = (
+    *range(0x09), *range(0x0B, 0x20), *range(0x7F, 0xA0),  # controls, but not tab and line feed
+    0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A), 0xFEFF,  # direction marks
+    0x2028, 0x2029, *range(0xD800, 0xE000),  # other line ends; halves of pairs, which no encoding can write
+)  # fmt: skip
+VISIBLE = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in UNSAFE}
+ASCII = str.maketrans({"×": "x", "−": "-", "–": "-", "…": "..", "─": "-"})
 COMPARED: dict[Objective, tuple[str, str, str]] = {
     "latency": ("faster", "slower", "as fast"),
     "size": ("smaller", "larger", "as large"),
@@ -30,7 +34,7 @@ def clean(text: str, limit: int = 4000) -> str:
     if len(text) > limit:
         half = (limit - 1) // 2
         text = f"{text[:half]}…{text[-half:]}"
-    return "".join(_visible(char) if _is_unsafe(char) else char for char in text)
+    return text.translate(VISIBLE)
 
 
 def one_line(text: str, limit: int = 4000) -> str:
@@ -49,7 +53,9 @@ def encodable(text: str, encoding: str) -> str:
 
 def ratio(value: float | None) -> str:
     """A ratio such as "1.62×"."""
-    return _number(value, lambda x: f"{x:.2f}×" if abs(x) < 10 else f"{x:,.1f}×" if abs(x) < 100 else f"{x:,.0f}×")
+    return _number(
+        value, lambda x: f"{x:.2f}×" if abs(x) < 10 else f"{x:,.1f}×" if abs(x) < 100 else f"{x:,.0f}×"
+    )
 
 
 def percent(fraction: float | None) -> str:
@@ -63,6 +69,11 @@ def percent(fraction: float | None) -> str:
 def bound(fraction: float) -> str:
     """A bound that the user gave, as short as it was given: 0.01 is "1 %"."""
     return f"{100 * fraction:.6g} %"
+
+
+def tick(fraction: float) -> str:
+    """A fraction on an axis in percent, as short as it can be."""
+    return bound(round(fraction, 9)).replace("-", "−")
 
 
 def change(factor: float | None) -> str:
@@ -153,16 +164,8 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 
 def _duration(seconds: float) -> str:
     if seconds < 59.95:
-        return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds:.1f} s"
+        return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     parts = [(hours, "h"), (minutes, "min"), (0 if hours else rest, "s")]
     return " ".join(f"{value} {unit}" for value, unit in parts if value)
-
-
-def _is_unsafe(char: str) -> bool:
-    return char in BIDI or (char not in "\n\t" and unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp"))
-
-
-def _visible(char: str) -> str:
-    return f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}"

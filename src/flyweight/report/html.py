@@ -11,7 +11,7 @@ import math
 from importlib import resources
 
 from flyweight.records import Objective, Result
-from flyweight.report import _plot, _strip, _tables, _view, _words
+from flyweight.report import _gauge, _plot, _strip, _tables, _view, _words
 from flyweight.report._markup import Markup, element, style, within
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -43,7 +43,11 @@ def render(result: Result, how_to_load: str) -> str:
         _trials(result),
         _about(result),
     )
-    return "<!doctype html>\n" + element("html", {"lang": "en"}, _head(result), element("body", {}, body)).text + "\n"
+    return (
+        "<!doctype html>\n"
+        + element("html", {"lang": "en"}, _head(result), element("body", {}, body)).text
+        + "\n"
+    )
 
 
 def _head(result: Result) -> Markup:
@@ -80,7 +84,12 @@ def _answer(result: Result) -> Markup:
     return element(
         "header",
         {"class": result.status},
-        element("p", {"class": "task"}, _tables.badge(result.status), element("span", {}, _words.one_line(result.task, 120))),
+        element(
+            "p",
+            {"class": "task"},
+            _tables.badge(result.status),
+            element("span", {}, _words.one_line(result.task, 120)),
+        ),
         element("h1", {}, result.verdict),
         element("p", {"class": "quiet"}, f"{asked}{found}: {named}"),
         _figures(result),
@@ -125,7 +134,7 @@ def _tile(figure: str, word: str, below: list[str]) -> Markup:
 
 def _certainty(result: Result) -> Markup:
     sentences = (*_told_interval(result), *_told_samples(result), _told_work(result))
-    return _section("How sure this is", _plot.gauge(result), *(element("p", {}, text) for text in sentences))
+    return _section("How sure this is", _gauge.gauge(result), *(element("p", {}, text) for text in sentences))
 
 
 def _told_interval(result: Result) -> tuple[str, ...]:
@@ -141,7 +150,9 @@ def _told_interval(result: Result) -> tuple[str, ...]:
 
 
 def _told_samples(result: Result) -> tuple[str, ...]:
-    samples, least, needed = (_number(result, key) for key in ("samples", "resolvable_drop", "samples_needed"))
+    samples, least, needed = (
+        _number(result, key) for key in ("samples", "resolvable_drop", "samples_needed")
+    )
     told = []
     if samples is not None and least is not None:
         told.append(
@@ -150,7 +161,13 @@ def _told_samples(result: Result) -> tuple[str, ...]:
         )
     if needed is not None:
         goal = f"A goal of {_words.bound(result.goal.max_drop)} needs about {_words.plural(round(needed), 'sample')}"
-        enough = "" if samples is None else ": there are enough" if samples >= needed else ": bring more to be sure"
+        enough = (
+            ""
+            if samples is None
+            else ": there are enough"
+            if samples >= needed
+            else ": bring more to be sure"
+        )
         told.append(f"{goal}{enough}.")
     return tuple(told)
 
@@ -187,10 +204,16 @@ def _layers(result: Result) -> Markup:
 
 def _notes(result: Result) -> Markup:
     if not result.notes:
-        return _section("Said, not silent", element("p", {}, "Nothing was left alone, skipped or replaced unasked."))
+        return _section(
+            "Said, not silent", element("p", {}, "Nothing was left alone, skipped or replaced unasked.")
+        )
     items, shown = within((element("li", {}, note) for note in result.notes), NOTES_BUDGET)
     rest = len(result.notes) - shown
-    more = [element("p", {"class": "quiet"}, f"{_words.plural(rest, 'more note')} in result.json.")] if rest else []
+    more = (
+        [element("p", {"class": "quiet"}, f"{_words.plural(rest, 'more note')} in result.json.")]
+        if rest
+        else []
+    )
     return _section("Said, not silent", element("ul", {}, items), *more)
 
 
@@ -199,7 +222,9 @@ def _trials(result: Result) -> Markup:
     counts = {end: sum(trial.state == end for trial in result.trials) for end in ends}
     told = ", ".join(f"{number:,} {end}" for end, number in counts.items() if number) or "nothing"
     table = _folded("Every trial with its end and reason", len(result.trials), _tables.trials(result))
-    return _section("Everything that was tried", element("p", {"class": "lead"}, f"{told}.".capitalize()), table)
+    return _section(
+        "Everything that was tried", element("p", {"class": "lead"}, f"{told}.".capitalize()), table
+    )
 
 
 def _folded(title: str, rows: int, table: Markup) -> Markup:

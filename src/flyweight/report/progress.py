@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from types import TracebackType
-from typing import TextIO
+from typing import Self, TextIO
 
 from rich.cells import cell_len, set_cell_size
 
@@ -34,7 +34,7 @@ class Progress:
         self._total, self._finished = 0, 0
         self._live = enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Self:
         """Start the clock."""
         self._begin = self._stage_begin = time.monotonic()
         return self
@@ -96,7 +96,11 @@ class Progress:
         return line if cell_len(line) <= width else set_cell_size(line, width)
 
     def _count(self) -> str:
-        return f"[{self._finished:>{len(str(self._total))}}/{self._total}]" if self._total else f"[{self._finished}]"
+        return (
+            f"[{self._finished:>{len(str(self._total))}}/{self._total}]"
+            if self._total
+            else f"[{self._finished}]"
+        )
 
     def _bar(self) -> str:
         filled = min(BAR, BAR * self._finished // self._total) if self._total else 0
@@ -108,8 +112,9 @@ class Progress:
         allowed = max(0.0, self._within - (now - self._begin))
         if not self._finished or not self._total:
             return f"at most {_rough(allowed)} left"
+        remaining = max(0, self._total - self._finished)
         pace = (now - self._stage_begin) / self._finished
-        return f"about {_rough(min(allowed, pace * max(0, self._total - self._finished)))} left"
+        return f"about {_rough(min(allowed, pace * remaining))} left" if remaining else "stage finished"
 
 
 def _rough(seconds: float) -> str:

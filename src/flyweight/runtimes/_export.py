@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from flyweight import transforms
 from flyweight.analysis.calls import OPERATIONS, operands
-from flyweight.analysis.sites import run
 from flyweight.analysis.trace import first_line
 from flyweight.errors import ModelError
+from flyweight.inputs.check import run
 from flyweight.records import JSON, Batch, canonical
 from flyweight.runtimes import _structure
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import onnx
 import torch
@@ -18,13 +18,13 @@ from onnx import helper
 from torch import nn
 
 from flyweight.runtimes._export import DOMAIN, Skeleton
+from flyweight.runtimes._layout import ONNX_ONLY, TRANSPOSED
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
 from flyweight.transforms._grid import pack
 
 INLINE = 1024
 """Constants of at most so many bytes stay in the graph; larger ones move to the weights."""
-TRANSPOSED = "transposed"
 IR_VERSION = 10
 _TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -214,19 +214,17 @@ def _convolution(low: Lowered, path: str, module: nn.Module, ends: tuple[str, st
 
 
 def _integer_bias(low: Lowered, path: str, module: QuantizedLayer) -> None:
-    """The bias as 32-bit integers in units of input scale times weight scale, as integer convolutions need it."""
-    scale = module.input_scale.double() * module.scales[:, 0].double()
-    bias = cast(torch.Tensor, module.bias).detach().double()
-    codes = (bias / scale).round().clamp(-(2**31) + 1, 2**31 - 1).to(torch.int32)
-    kept = [_constant(low, f"{path}.bias_codes", codes), _constant(low, f"{path}.bias_scales", scale.float())]
-    low.node("DequantizeLinear", kept, f"{path}.bias_decoded", axis=0)
+    """The bias as 32-bit integers in units of input scale times weight scale, as integer convolutions need it.
 
-
-def _constant(low: Lowered, name: str, tensor: torch.Tensor) -> str:
-    if tensor.numel() * tensor.element_size() <= INLINE:
-        return low.small(name, tensor)
-    low.weights[f"onnx.{name}"] = tensor
-    return low.stored(f"onnx.{name}")
+    The graph computes them from the stored bias; runtimes do so once, when they load it.
+    """
+    name = f"{path}.bias"
+    input_scale = low.small(f"{path}.input_step", torch.tensor(float(module.input_scale)))
+    scales = low.node("Mul", [low.stored(f"{path}.scales", shape=(module.shape[0],)), input_scale], f"{name}.steps")
+    low.node("Div", [low.stored(_bias(path, module)), scales], f"{name}.quotients")
+    low.node("Round", [f"{name}.quotients"], f"{name}.rounds")
+    low.node("Cast", [f"{name}.rounds"], f"{name}.codes", to=onnx.TensorProto.INT32)
+    low.node("DequantizeLinear", [f"{name}.codes", scales], f"{path}.bias_decoded", axis=0)
 
 
 def _input_grid(module: QuantizedLayer) -> tuple[float, int]:
@@ -322,8 +320,8 @@ def _state_constants(low: Lowered) -> None:
         elif key in low.weights and _equal(low.weights[key], tensor):
             low.refers[item.name] = (key, item.data_type, tuple(item.dims))
         elif tensor.numel() * tensor.element_size() > INLINE:
-            low.weights[f"onnx.{item.name}"] = tensor
-            low.refers[item.name] = (f"onnx.{item.name}", item.data_type, tuple(item.dims))
+            low.weights[f"{ONNX_ONLY}{item.name}"] = tensor
+            low.refers[item.name] = (f"{ONNX_ONLY}{item.name}", item.data_type, tuple(item.dims))
         else:
             kept.append(item)
     del low.graph.graph.initializer[:]

@@ -16,6 +16,8 @@ from flyweight.runtimes._graph import Run, write_graph
 
 FILE = True
 """Whether it runs from a file alone, without the task's model class."""
+SESSION = frozenset({"session.disable_quant_qdq"})
+"""Session settings that an artifact may carry."""
 _DECODE_AT_LOAD = {"session.disable_quant_qdq": "1"}
 
 

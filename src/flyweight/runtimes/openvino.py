@@ -17,6 +17,8 @@ from flyweight.runtimes._graph import Run, write_graph
 
 FILE = True
 """Whether it runs from a file alone, without the task's model class."""
+SESSION: frozenset[str] = frozenset()
+"""Session settings that an artifact may carry."""
 
 
 def available() -> str | None:

@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import os
 import sqlite3
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,12 +78,8 @@ def connect(path: Path, mode: str) -> sqlite3.Connection:
 
     Raises ArtifactError when the file is not a study, newer or damaged; MachineError when it cannot be read.
     """
-    # The path is looked at, not opened: closing a second handle drops the locks that SQLite has on the file.
-    if path.is_symlink() or not path.is_file():
-        raise ArtifactError("not a study file", got="something that is no plain file", where=str(path))
-    if path.stat().st_size == 0:
-        raise ArtifactError("not a study file", got="an empty file", where=str(path), way_out=_ANEW)
     with contextlib.ExitStack() as undo, told(path):
+        _look(path)
         address = f"{path.absolute().as_uri()}?mode={mode}"
         database = sqlite3.connect(address, uri=True, timeout=_BUSY_SECONDS, isolation_level=None)
         undo.callback(database.close)
@@ -138,6 +135,8 @@ def told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise _refused(path, error.strerror or str(error)) from error
+    except UnicodeDecodeError as error:  # of a message that quotes what is damaged
+        raise damaged(path, "texts that are not UTF-8") from error
     except sqlite3.Error as error:
         code = getattr(error, "sqlite_errorcode", None)
         if code is None:  # wrong use of the library, not the file's fault
@@ -172,6 +171,15 @@ def _verified(found: tuple[Any, ...], number: int, last: str) -> Row | None:
     except UnicodeDecodeError:
         return None
     return row if row.digest.encode() == digest else None
+
+
+def _look(path: Path) -> None:
+    # Looked at, not opened: closing a second handle would drop the locks that SQLite has on the file.
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ArtifactError("not a study file", got="something that is no plain file", where=str(path))
+    if found.st_size == 0:
+        raise ArtifactError("not a study file", got="an empty file", where=str(path), way_out=_ANEW)
 
 
 def _check(database: sqlite3.Connection, path: Path) -> None:

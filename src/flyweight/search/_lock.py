@@ -31,9 +31,7 @@ def acquire(path: Path) -> int:
 
 def release(path: Path, handle: int) -> None:
     """Free the lock that `acquire` gave; raises nothing."""
-    # The order matters: once the handle is closed the file may be another process's lock.
-    with contextlib.suppress(OSError):
-        _beside(path).unlink()
+    _remove(path)  # first: once the handle is closed the file may be another process's lock
     os.close(handle)
     _held_here.discard(path)
 
@@ -48,6 +46,7 @@ def _take(path: Path, handle: int) -> bool:
             raise _in_use(path, os.pread(handle, 20, 0).decode(errors="replace")) from error
         if not _in_place(path, handle):
             return False
+        undo.callback(_remove, path)
         os.truncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         undo.pop_all()
@@ -59,6 +58,11 @@ def _in_place(path: Path, handle: int) -> bool:
         return os.path.samestat(os.stat(_beside(path)), os.fstat(handle))
     except FileNotFoundError:
         return False
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # a lock file that stays behind blocks nobody
+        _beside(path).unlink()
 
 
 def _beside(path: Path) -> Path:

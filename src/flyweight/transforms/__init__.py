@@ -17,6 +17,7 @@ from flyweight import discover
 from flyweight.errors import UsageError
 from flyweight.records import Plan, Site, Step
 from flyweight.transforms import _options
+from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.transforms._contract import Context as Context
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell

@@ -46,11 +46,13 @@ def grid(bits: int, group: int | None, symmetric: bool, reduced: bool = False) -
     return Grid(bits, group, True, -high, high)
 
 
-def encode(weight: torch.Tensor, on: Grid, energy: torch.Tensor | None = None) -> Encoded:
+def encode(
+    weight: torch.Tensor, on: Grid, energy: torch.Tensor | None = None, floor: torch.Tensor | None = None
+) -> Encoded:
     """Round a weight (O, I) to the nearest points of a grid.
 
     Below 8 bits the scale of each group minimizes the squared error, weighted by the inputs' energy (I,) where given.
-    All-zero groups get scale 1 and decode to exact zeros.
+    No scale is below its channel's floor (O,). All-zero groups get scale 1 and decode to exact zeros.
     """
     groups = _grouped(weight.float(), on.group)  # (O, G, group)
     weights = None if energy is None else _grouped(energy.float()[None], on.group)  # (1, G, group)
@@ -65,6 +67,8 @@ def encode(weight: torch.Tensor, on: Grid, energy: torch.Tensor | None = None) -
             best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
             error = torch.where(better, its_error, error)
     scales, zeros = best
+    if floor is not None:
+        scales = torch.maximum(scales, floor[:, None])
     codes = _round(groups, scales, zeros, on).flatten(1)[:, : weight.shape[1]]
     kind = torch.int8 if on.symmetric else torch.uint8
     return Encoded(codes.to(kind), scales, None if on.symmetric else zeros.to(torch.uint8))

@@ -98,13 +98,26 @@ def round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.
 
 
 def quantized(
-    module: nn.Module, kind: str, on: Grid, energy: torch.Tensor | None = None
+    module: nn.Module,
+    kind: str,
+    on: Grid,
+    energy: torch.Tensor | None = None,
+    input_scale: float | None = None,
 ) -> QuantizedLayer:
-    """A quantized copy of a layer; its input energy (input channels,) weighs the scale search below 8 bits."""
+    """A quantized copy of a layer.
+
+    energy: mean square per input channel, which weighs the scale search below 8 bits. input_scale: of static activations;
+    no weight scale may then be so small that the bias overflows 32-bit integers in units of their product.
+    """
     weight = module.get_parameter("weight").detach()
     transposed = kind == "linear" and not isinstance(module, nn.Linear)
     rows = weight.T if transposed else weight.flatten(1) if weight.ndim > 1 else weight[None]
-    return QuantizedLayer(module, on, encode(rows, on, _spread(energy, weight, kind)), transposed=transposed)
+    bias = getattr(module, "bias", None)
+    floor = None
+    if input_scale is not None and bias is not None:
+        floor = bias.detach().float().abs() / (input_scale * 2**30)
+    encoded = encode(rows, on, _spread(energy, weight, kind), floor)
+    return QuantizedLayer(module, on, encoded, transposed=transposed)
 
 
 def _spread(energy: torch.Tensor | None, weight: torch.Tensor, kind: str) -> torch.Tensor | None:

@@ -55,4 +55,5 @@ def replace(model: nn.Module, site: Site, options: Options, context: Context) ->
     seen = context.statistics.get(site.name)
     input_grid = (1.0, 0) if seen is None else activation_grid(seen.input, options.range)
     output_grid = (1.0, 0) if seen is None else activation_grid(seen.output, options.range)
-    return {site.name: quantized(model.get_submodule(site.name), site.kind, on).static(input_grid, output_grid)}
+    layer = quantized(model.get_submodule(site.name), site.kind, on, input_scale=input_grid[0])
+    return {site.name: layer.static(input_grid, output_grid)}

@@ -1,0 +1,76 @@
+"""Loads an artifact: to run its file, or as a PyTorch model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flyweight import discover, transforms
+from flyweight.analysis.sites import plain_site
+from flyweight.artifact import format as spec
+from flyweight.errors import ArtifactError, UsageError
+from flyweight.records import Batch
+from flyweight.runtimes import _structure
+from flyweight.runtimes._files import Predictor, match
+from flyweight.runtimes._layout import load_state
+
+
+def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
+    """A new PyTorch model in eval mode: the artifact's plan applied to `model`'s structure, with the artifact's weights.
+
+    `model` is what the task's file builds; it is not changed and its weights do not matter. Raises ArtifactError when the
+    artifact is damaged or belongs to another model.
+    """
+    artifact = spec.read(Path(folder))
+    sites = []
+    for step in artifact.manifest.plan.steps:
+        try:
+            sites.append(plain_site(model, step.site))
+        except AttributeError:
+            raise ArtifactError(
+                "the artifact must belong to the model", got=f"a model without the layer {step.site}", where=str(folder)
+            ) from None
+    try:
+        rebuilt = transforms.apply(copy.deepcopy(model).eval(), artifact.manifest.plan, sites, transforms.Context())
+    except UsageError as error:
+        raise ArtifactError("the artifact must belong to the model", got=str(error), where=str(folder)) from error
+    load_state(rebuilt, spec.tensors(artifact), artifact.manifest.layouts)
+    return rebuilt
+
+
+def load_predictor(folder: str | Path) -> Predictor:
+    """A predictor that runs the artifact's file, without the task's model: call it with a batch.
+
+    The output comes as tensors in plain dicts and tuples. Raises ArtifactError when the artifact is damaged, UsageError
+    when it runs in PyTorch and so needs the model's class.
+    """
+    artifact = spec.read(Path(folder))
+    said = artifact.manifest
+    runtime = discover.method("runtimes", said.runtime)
+    if not runtime.FILE:
+        raise UsageError(
+            f"an artifact for {said.runtime} needs the model's class", way_out="flyweight.load(folder, model)"
+        )
+    missing = runtime.available()
+    if missing:
+        raise UsageError(f"the artifact runs on {said.runtime}", got=missing)
+    unknown = set(said.session) - runtime.SESSION
+    if unknown:
+        raise ArtifactError("an artifact's session settings must be known", got=", ".join(sorted(unknown)))
+    run = runtime.open_file(artifact.folder, said.session)
+
+    def call(batch: Batch) -> Any:
+        values = match(batch, [spec.name for spec in said.inputs], [spec.shape for spec in said.inputs])
+        found = run({spec.name: v.detach().cpu().numpy() for spec, v in zip(said.inputs, values, strict=True)})
+        return _structure.restore(said.outputs, map(torch.from_numpy, found))
+
+    return Predictor(
+        runtime=said.runtime,
+        call=call,
+        files=tuple(artifact.folder / file.name for file in artifact.files),
+        session=dict(said.session),
+    )

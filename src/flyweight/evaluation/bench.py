@@ -1,0 +1,263 @@
+"""Measures candidates against the original: builds them, times them in turn, scores what the runtime really outputs."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import nn
+
+from flyweight import discover, transforms
+from flyweight.errors import FlyweightError, ModelError
+from flyweight.evaluation import memory, timing
+from flyweight.evaluation.quality import Drop, Scores, compare, judge
+from flyweight.inputs.check import run
+from flyweight.records import JSON, Goal, Interval, Measured, Plan, Site, Task, Trial
+from flyweight.runtimes import _structure
+from flyweight.runtimes._files import Predictor
+from flyweight.runtimes.torch import caller
+
+STRUCTURAL = frozenset(transforms.ORDER)
+"""Methods that keep the function the model computes."""
+SAME = 1e-3
+"""Relative squared difference up to which a runtime's output counts as the model's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """What is cheap to know of a candidate: how fast and how large it is."""
+
+    speedup: float
+    speedup_low: float
+    latency_ms: float
+    bytes: int
+    memory: int | None = None
+    """Peak memory; only where the goal is memory."""
+    failure: str = ""
+    """Why it cannot run; the figures mean nothing then."""
+
+    def to_json(self) -> dict[str, JSON]:
+        """The survey as plain JSON values."""
+        return dict(vars(self))
+
+
+@dataclass
+class Bench:
+    """One task's measuring place. `measuring` adds up the seconds spent in the task's score and in timing."""
+
+    task: Task
+    goal: Goal
+    sites: Sequence[Site]
+    context: transforms.Context
+    folder: Path
+    """Where candidates' files live while they are measured."""
+    original: Scores | None = None
+    evaluations: int = 0
+    measuring: float = 0.0
+    _kept: dict[str, tuple[nn.Module, Predictor]] = field(default_factory=dict)
+
+    def score_original(self) -> Scores:
+        """The task's score of the original in eager PyTorch."""
+        self.original = self._judge(self._original)
+        return self.original
+
+    def baseline(self) -> Measured:
+        """The original in eager PyTorch as a measurement; needs `original`."""
+        scores = self._scores()
+        batch = self.task.examples[0]
+        race = self._race(functools.partial(self._original, batch), functools.partial(self._original, batch))
+        predictor = self._files(Plan(), "torch", self.task.model)
+        zero = Interval(0.0, 0.0) if scores.samples else None
+        return Measured(
+            name="original",
+            runtime="torch",
+            plan=Plan(),
+            score=scores.mean,
+            score_interval=scores.interval(),
+            drop=0.0,
+            drop_interval=zero,
+            latency_ms=race.first_ms,
+            latency_interval=race.first_interval,
+            speedup=1.0,
+            speedup_interval=Interval(1.0, 1.0),
+            bytes=predictor.bytes,
+            peak_memory_bytes=memory.peak_memory(predictor, self.task.model, batch),
+            verdict="met",
+        )
+
+    def build(self, plan: Plan) -> nn.Module:
+        """A new model with the plan applied."""
+        return transforms.apply(self.task.model, plan, self.sites, self.context)
+
+    def survey(self, runtime: str, plan: Plan, seconds: float) -> Survey:
+        """Build a candidate and time it in turn with the original; a candidate that cannot run says why."""
+        try:
+            model, predictor = self.prepare(runtime, plan)
+            self._check(model, predictor)
+        except FlyweightError as error:
+            return Survey(speedup=0, speedup_low=0, latency_ms=0, bytes=0, failure=str(error))
+        batch = self.task.examples[0]
+        race = self._race(functools.partial(self._original, batch), functools.partial(predictor, batch), seconds)
+        return Survey(
+            speedup=race.speedup,
+            speedup_low=race.speedup_interval.low,
+            latency_ms=race.second_ms,
+            bytes=predictor.bytes,
+            memory=memory.peak_memory(predictor, model, batch) if self.goal.minimize == "memory" else None,
+        )
+
+    def measure(self, number: int, name: str, runtime: str, plan: Plan) -> Trial:
+        """Time, score and weigh one candidate in full."""
+        start = time.perf_counter()
+        try:
+            measured, reason = self._measure(name, runtime, plan)
+        except FlyweightError as error:
+            measured, reason = None, str(error)
+        finally:
+            self.forget()
+        return Trial(
+            number=number,
+            name=name,
+            runtime=runtime,
+            plan=plan,
+            state="failed" if measured is None else "measured",
+            reason=reason,
+            measured=measured,
+            seconds=time.perf_counter() - start,
+        )
+
+    def prepare(self, runtime: str, plan: Plan) -> tuple[nn.Module, Predictor]:
+        """The candidate's model and its predictor; kept until `forget`, since a survey and a measurement follow."""
+        key = f"{runtime} {plan.digest()}"
+        if key not in self._kept:
+            self.forget()
+            model = self.build(plan)
+            self._kept[key] = (model, self._files(plan, runtime, model))
+        return self._kept[key]
+
+    def forget(self) -> None:
+        """Drop what `prepare` kept, with its files."""
+        for _, predictor in self._kept.values():
+            shutil.rmtree(predictor.files[0].parent, ignore_errors=True)
+        self._kept.clear()
+
+    def _measure(self, name: str, runtime: str, plan: Plan) -> tuple[Measured, str]:
+        model, predictor = self.prepare(runtime, plan)
+        deviation = self._check(model, predictor)
+        batch = self.task.examples[0]
+        race = self._race(functools.partial(self._original, batch), functools.partial(predictor, batch))
+        scores = self._judge(predictor)
+        drop = compare(self._scores(), scores, exact=exact(plan) and deviation < SAME)
+        verdict = drop.verdict(self.goal)
+        measured = Measured(
+            name=name,
+            runtime=runtime,
+            plan=plan,
+            score=scores.mean,
+            score_interval=scores.interval(),
+            drop=drop.value,
+            drop_interval=drop.interval,
+            latency_ms=race.second_ms,
+            latency_interval=race.second_interval,
+            speedup=race.speedup,
+            speedup_interval=race.speedup_interval,
+            bytes=predictor.bytes,
+            peak_memory_bytes=memory.peak_memory(predictor, model, batch),
+            verdict=cast(Literal["met", "broken", "unresolved"], verdict),
+        )
+        return measured, _because(drop, self.goal, verdict)
+
+    def _files(self, plan: Plan, runtime: str, model: nn.Module) -> Predictor:
+        where = self.folder / f"{runtime}-{plan.digest()[:16]}"
+        shutil.rmtree(where, ignore_errors=True)
+        where.mkdir(parents=True)
+        method = discover.method("runtimes", runtime)
+        try:
+            predictor: Predictor = method.prepare(model, self.task.examples, where)
+        except FlyweightError:
+            raise
+        except Exception as error:  # a runtime refuses a graph with errors of its own
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ModelError(f"{runtime} must load the model", got=f"{type(error).__name__}: {reason[:200]}") from error
+        return predictor
+
+    def _check(self, model: nn.Module, predictor: Predictor) -> float:
+        """How far the runtime's output is from the model's own on the first example; ModelError when it is not finite."""
+        batch = self.task.examples[0]
+        try:
+            found = predictor(batch)
+        except Exception as error:  # a runtime fails with errors of its own
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise ModelError(
+                f"{predictor.runtime} must run the model", got=f"{type(error).__name__}: {reason[:200]}"
+            ) from error
+        worst = deviation(run(model, batch), found)
+        if not worst < float("inf"):
+            raise ModelError("a runtime's output must be finite", got="NaN or infinity", where=predictor.runtime)
+        return worst
+
+    def _judge(self, predict: object) -> Scores:
+        start = time.perf_counter()
+        self.evaluations += 1
+        try:
+            return judge(self.task.score, predict, self.goal.seed)  # type: ignore[arg-type]
+        finally:
+            self.measuring += time.perf_counter() - start
+
+    def _race(self, first: object, second: object, seconds: float = timing.SECONDS) -> timing.Race:
+        start = time.perf_counter()
+        try:
+            return timing.race(first, second, seconds)  # type: ignore[arg-type]
+        finally:
+            self.measuring += time.perf_counter() - start
+
+    def _scores(self) -> Scores:
+        return self.original if self.original is not None else self.score_original()
+
+    @functools.cached_property
+    def _original(self) -> Predictor:
+        return Predictor(runtime="torch", call=caller(self.task.model), files=())
+
+
+def exact(plan: Plan) -> bool:
+    """Whether a plan keeps the function the model computes."""
+    return all(step.method in STRUCTURAL for step in plan.steps)
+
+
+def deviation(wanted: object, found: object) -> float:
+    """Relative squared difference of two outputs, the largest over their floating-point tensors; inf when not finite."""
+    worst = 0.0
+    for one, two in zip(_structure.leaves(wanted), _structure.leaves(found), strict=True):
+        if not one.is_floating_point():
+            continue
+        one, two = one.detach().double().cpu(), two.detach().double().cpu()
+        if one.shape != two.shape or bool(torch.isfinite(one).all()) and not bool(torch.isfinite(two).all()):
+            return float("inf")
+        both = torch.isfinite(one) & torch.isfinite(two)
+        change = float((one[both] - two[both]).square().sum() / one[both].square().sum().clamp(min=1e-30))
+        worst = max(worst, change)
+    return worst
+
+
+def measured_of(trials: Sequence[Trial]) -> list[Measured]:
+    """The measurements among trials."""
+    return [trial.measured for trial in trials if trial.measured is not None]
+
+
+def survey_from(value: Mapping[str, object]) -> Survey:
+    """The survey of `to_json`'s values."""
+    return Survey(**value)  # type: ignore[arg-type]
+
+
+def _because(drop: Drop, goal: Goal, verdict: str) -> str:
+    if drop.interval is None:
+        return f"drop {drop.value:.2%}, without an interval: the score gives one number only"
+    low, high = drop.interval.low, drop.interval.high
+    ends = {"met": "within", "broken": "beyond", "unresolved": "on both sides of"}[verdict]
+    return f"drop {drop.value:.2%}, between {low:.2%} and {high:.2%}: {ends} the bound of {goal.max_drop:.2%}"

@@ -1,0 +1,154 @@
+"""Checks a task once at the border, so that everything behind it can rely on a sound model and sound examples."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flyweight.errors import DataError, ModelError, UsageError
+from flyweight.records import Batch, Task
+
+_LARGEST = 1e30
+
+
+def check(task: Task) -> tuple[Task, tuple[str, ...]]:
+    """The task with a copy of its model in eval mode on its device, and what is worth saying about it.
+
+    Raises UsageError, ModelError or DataError that names what is wrong with the task, model or examples.
+    """
+    if not callable(task.score):
+        raise UsageError("score must be a function of predict", got=type(task.score).__name__, where="Task.score")
+    notes = check_model(task.model)
+    examples = check_examples(task.examples)
+    if any(module.training for module in task.model.modules()):
+        notes.append("the model came in training mode; it is evaluated in eval mode, and left as it came")
+    try:
+        model = copy.deepcopy(task.model).eval()
+    except Exception as error:  # a module may hold anything
+        raise ModelError("the model must be copyable", got=f"{type(error).__name__}: {error}") from error
+    _runs(model, examples)
+    return dataclasses.replace(task, model=model, examples=examples), tuple(notes)
+
+
+def check_model(model: Any) -> list[str]:
+    """Notes on a model; raises ModelError when it is none, has no parameters, or holds NaN or infinite values."""
+    if not isinstance(model, nn.Module):
+        got = type(model).__name__ + (f" ({len(model)} tensors)" if isinstance(model, Mapping) else "")
+        raise ModelError("the model must be a torch.nn.Module", got=got, way_out="build the class and load the state into it")
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    if not list(model.parameters()):
+        raise ModelError("the model must have parameters", got="none", way_out="there is nothing to optimize")
+    lazy = [name for name, p in tensors if isinstance(p, nn.UninitializedParameter) or p.is_meta]
+    if lazy:
+        raise ModelError("parameters must be materialized", got=_first(lazy), way_out="load the weights first")
+    places: dict[str, list[str]] = {}
+    for name, tensor in tensors:
+        places.setdefault(str(tensor.device), []).append(name)
+    if len(places) > 1:
+        got = ", ".join(f"{device}: {_first(names)}" for device, names in places.items())
+        raise ModelError("all parameters must be on one device", got=got, way_out="move the model to one device")
+    notes = []
+    for name, tensor in tensors:
+        notes += _finite(name, tensor, mask=not isinstance(tensor, nn.Parameter))
+    return notes
+
+
+def check_examples(examples: Any) -> Sequence[Batch]:
+    """The examples as a tuple; raises DataError when there are none, or one is no batch or holds NaN or infinities."""
+    if not isinstance(examples, Sequence) or isinstance(examples, str):
+        raise DataError(
+            "examples must be a sequence of batches",
+            got=type(examples).__name__,
+            where="Task.examples",
+            way_out="a generator is used up after one pass: make it a list",
+        )
+    if not examples:
+        raise DataError("calibration needs at least 1 batch", got="0", where="Task.examples")
+    for index, batch in enumerate(examples):
+        _batch(batch, f"examples[{index}]")
+    return tuple(examples)
+
+
+def run(model: nn.Module, batch: Batch) -> Any:
+    """The model's output on a batch, without gradients; the model's mode is not changed."""
+    with torch.no_grad():
+        if isinstance(batch, torch.Tensor):
+            return model(batch)
+        return model(**batch) if isinstance(batch, dict) else model(*batch)
+
+
+def digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over names, types, shapes and bytes of tensors, in hex."""
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous()
+        found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _batch(batch: Any, where: str) -> None:
+    parts = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else (batch,)))
+    for name, tensor in parts.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise DataError(
+                "a batch is a tensor, a tuple or a dict of tensors", got=type(tensor).__name__, where=f"{where}[{name}]"
+            )
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            first = (~torch.isfinite(tensor)).nonzero()[0].tolist()
+            raise DataError("examples must be finite", got="NaN or infinity", where=f"{where}[{name}], index {first}")
+    if not parts:
+        raise DataError("a batch must hold a tensor", got="none", where=where)
+
+
+def _finite(name: str, tensor: torch.Tensor, mask: bool) -> list[str]:
+    """Notes on one tensor; a buffer may be a mask, and masks hold infinities by design."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return []
+    low, high = (float(v) for v in torch.aminmax(tensor.detach().float()))
+    if math.isfinite(low) and math.isfinite(high):
+        largest = max(abs(low), abs(high))
+        return [f"{name} holds values up to {largest:.3g}"] if largest > _LARGEST else []
+    bad = (~torch.isfinite(tensor)).nonzero()
+    if mask and not bool(torch.isnan(tensor).any()):
+        return []
+    raise ModelError(
+        "weights must be finite",
+        got=f"{len(bad)} of {tensor.numel()} values NaN or infinite",
+        where=f"{name}, first at {bad[0].tolist()}",
+        way_out="repair or retrain the model",
+    )
+
+
+def _runs(model: nn.Module, examples: Sequence[Batch]) -> None:
+    for index, batch in enumerate(examples):
+        if index and _shape(batch) == _shape(examples[0]):
+            continue
+        try:
+            run(model, batch)
+        except Exception as error:  # the user's forward may raise anything
+            reason = str(error).strip().splitlines() or [""]
+            raise DataError(
+                "the model must accept every example",
+                got=f"{type(error).__name__}: {reason[0][:160]}",
+                where=f"examples[{index}] of shape {_shape(batch)}",
+                way_out="a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)",
+            ) from error
+
+
+def _shape(batch: Batch) -> str:
+    if isinstance(batch, torch.Tensor):
+        return "x".join(map(str, batch.shape))
+    parts = batch.items() if isinstance(batch, dict) else enumerate(batch)
+    return ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in parts)
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,225 @@
+"""The flow: take in, analyse, propose, transform, run, judge - again, until the goal or the time is reached - pack, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flyweight import session as sessions
+from flyweight.analysis.machine import machine
+from flyweight.artifact.atomic import atomic_write_text
+from flyweight.errors import UsageError
+from flyweight.evaluation.bench import Bench, Survey, measured_of, survey_from
+from flyweight.evaluation.quality import Scores
+from flyweight.packing import how_to_load, pack
+from flyweight.planning import advice, choose
+from flyweight.planning.candidates import Candidate, Family, families, uniform
+from flyweight.planning.damage import damages
+from flyweight.records import Goal, Measured, Plan, Result, Step, Task, Trial
+from flyweight.report import html
+from flyweight.report.progress import Progress
+from flyweight.search.hunt import Hunt, Tools
+from flyweight.search.study import Study
+from flyweight.session import Session
+from flyweight import transforms
+
+SLOW_RUNTIMES = frozenset({"torch_compile"})
+"""Runtimes that take a minute to prepare; tried only when named, or when nothing else can run the model."""
+
+
+def optimize(
+    task: Task,
+    goal: Goal,
+    *,
+    out: str | Path,
+    recipe: Plan | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: bool = False,
+) -> Result:
+    """Find the smallest or fastest form of a task's model within the goal's bound, measured; write it to the folder `out`.
+
+    recipe: measure this plan alone instead of searching. resume: go on with the run that `out` holds; force: start anew
+    over it. progress: tell on stderr what is being done. The task's model is never changed. `out` gets result.json,
+    report.html, study.db and best/, the artifact. Raises a FlyweightError that says what is wrong with the input.
+    """
+    start, folder = time.monotonic(), Path(out)
+    sessions.check_output(folder, resume=resume, force=force)
+    names, missing = sessions.runtimes(goal.runtime)
+    with Progress(progress, goal.within) as told, sessions.begin(task, goal, told) as session:
+        with Study.open(folder / "study.db", sessions.identity(session, goal), resume=resume) as study:
+            run = Run(session, goal, study, told, start)
+            original = run.baseline()
+            hunt = run.hunt(original, names, recipe)
+            best = hunt.best
+            result = run.result(hunt, best, missing)
+            result = pack(session, result, folder / "best", told)
+            _write(result, folder)
+            told.note(f"report in {folder / 'report.html'}")
+    return result
+
+
+@dataclasses.dataclass
+class Run:
+    """One run's parts; each method is a stage that the study remembers."""
+
+    session: Session
+    goal: Goal
+    study: Study
+    told: Progress
+    start: float
+    notes: list[str] = dataclasses.field(default_factory=list)
+    skipped: list[Trial] = dataclasses.field(default_factory=list)
+
+    @property
+    def bench(self) -> Bench:
+        """Where candidates are measured."""
+        return self.session.bench
+
+    def baseline(self) -> Measured:
+        """The original, scored and timed."""
+        self.told.stage("measuring the original", 2)
+        self.told.step("scoring")
+        kept = self.study.remember("original", "scores", lambda: _scores_json(self.bench.score_original()))
+        samples = None if kept["samples"] is None else tuple(kept["samples"])
+        self.bench.original = Scores(kept["mean"], samples)
+        self.told.done(f"score {kept['mean']:.4g}" + (f" over {len(samples):,} samples" if samples else ""))
+        self.told.step("timing")
+        original = Measured.from_json(self.study.remember("original", "measured", lambda: self.bench.baseline().to_json()))
+        self.told.done(f"{original.latency_ms:.2f} ms, {original.bytes / 1e6:.1f} MB")
+        return original
+
+    def hunt(self, original: Measured, names: Sequence[str], recipe: Plan | None) -> Hunt:
+        """Search, or measure the recipe on every runtime."""
+        model = self.bench.build(Plan(self.session.folds))
+        runtimes = [name for name in names if name not in SLOW_RUNTIMES] or list(names)
+        self.notes += [f"{name} was not tried: it compiles for a minute; name it with --runtime" for name in set(names) - set(runtimes)]
+        if recipe is None:
+            found = families(model, self.session.analysis.sites, self.goal)
+        else:
+            plan, notes = self.session.completed(recipe)
+            transforms.check(self.session.task.model, plan, self.session.analysis.sites)
+            self.notes += notes
+            found = [Family("recipe", {step.site: step for step in plan.steps if step.method not in transforms.ORDER})]
+        candidates, reasons = uniform(found, runtimes)
+        self.notes += reasons
+        hunt = Hunt(self.goal, original, self.session.analysis.sites, self._tools())
+        self.told.stage("looking for the best", len(candidates))
+        hunt.run(candidates)
+        return hunt
+
+    def result(self, hunt: Hunt, best: Measured | None, missing: Sequence[str]) -> Result:
+        """Everything that was found, in one record."""
+        original, trials = hunt.original, [*self.study.trials(), *self.skipped]
+        found = measured_of(trials)
+        chosen = best or choose.nearest(found, self.goal, original)
+        samples = self.bench.original.samples if self.bench.original else None
+        lossy = [m for m in found if m.drop_interval and m.drop != 0]
+        subject = chosen if chosen.drop else (lossy or [chosen])[0]
+        return Result(
+            task=self.session.task.name,
+            status="met" if best else "infeasible",
+            verdict=advice.verdict(best, found, self.goal, original),
+            goal=self.goal,
+            machine=machine(),
+            baseline=original,
+            best=chosen,
+            front=choose.front([*found, original], self.goal, original),
+            trials=tuple(dataclasses.replace(trial, number=index) for index, trial in enumerate(trials)),
+            layers=self._layers(hunt, chosen),
+            resolution=advice.resolution(subject, len(samples) if samples else None, self.goal),
+            notes=(*self.session.notes, *missing, *self.notes),
+            evaluations=self.bench.evaluations,
+            seconds=time.monotonic() - self.start,
+            seconds_measuring=self.bench.measuring,
+            versions=sessions.versions(),
+            seed=self.goal.seed,
+        )
+
+    def _tools(self) -> Tools:
+        return Tools(self._survey, self._measure, self._skip, self._damages, self._time_left)
+
+    def _time_left(self) -> bool:
+        return time.monotonic() - self.start < self.goal.within * 0.92
+
+    def _plan(self, candidate: Candidate) -> Plan:
+        return candidate.family.plan(self.session.folds, candidate.spared)
+
+    def _survey(self, candidate: Candidate) -> Survey:
+        plan = self._plan(candidate)
+        self.told.step(f"{candidate.name} on {candidate.runtime}")
+        key = f"{candidate.runtime} {plan.digest()}"
+        found = self.study.remember("survey", key, lambda: self.bench.survey(candidate.runtime, plan, 2.0).to_json())
+        survey = survey_from(found)
+        self.told.done(survey.failure or f"{survey.speedup:.2f} x as fast, {survey.bytes / 1e6:.1f} MB")
+        return survey
+
+    def _measure(self, candidate: Candidate) -> Trial:
+        plan, name, runtime = self._plan(candidate), candidate.name, candidate.runtime
+        self.told.step(f"scoring {name} on {runtime}")
+        trial = self.study.trial(name, runtime, plan, lambda number: self.bench.measure(number, name, runtime, plan))
+        self.told.done(f"{trial.reason}", best=trial.measured is not None and trial.measured.verdict == "met")
+        return trial
+
+    def _skip(self, candidate: Candidate, reason: str) -> Trial:
+        """Not stored: a resumed run decides anew."""
+        trial = Trial(
+            number=0,
+            name=candidate.name,
+            runtime=candidate.runtime,
+            plan=self._plan(candidate),
+            state="skipped",
+            reason=reason,
+            measured=None,
+            seconds=0.0,
+        )
+        self.skipped.append(trial)
+        return trial
+
+    def _damages(self, family: Family) -> dict[str, float]:
+        """Damage per site of a family, each site alone."""
+
+        def compute() -> dict[str, Any]:
+            model = self.bench.build(Plan(self.session.folds))
+            self.told.step(f"sensitivity of {len(family.steps)} layers to {family.name}")
+            limit = max(10.0, 0.1 * self.goal.within)
+            found = damages(
+                model,
+                self.session.analysis.sites,
+                family.steps,
+                self.bench.context,
+                self.session.task.examples,
+                seconds=limit,
+            )
+            self.told.done("measured")
+            return found
+
+        kept: dict[str, float] = self.study.remember("damage", family.plan(()).digest(), compute)
+        return kept
+
+    def _layers(self, hunt: Hunt, chosen: Measured) -> tuple[Any, ...]:
+        origin = next((c for c, t in hunt.trials.items() if t.measured and t.measured.plan == chosen.plan), None)
+        steps: Mapping[str, Step] = origin.family.steps if origin else {}
+        found = self._damages(origin.family) if origin and steps else {}
+        return advice.layers(self.session.analysis.sites, chosen.plan, steps, found)
+
+
+def _write(result: Result, folder: Path) -> None:
+    atomic_write_text(folder / "result.json", json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
+    atomic_write_text(folder / "report.html", html.render(result, how_to_load(result, folder)))
+
+
+def _scores_json(scores: Scores) -> dict[str, Any]:
+    return {"mean": scores.mean, "samples": None if scores.samples is None else list(scores.samples)}
+
+
+def read_result(folder: Path) -> Result:
+    """The result that a run left in its folder; raises UsageError when there is none."""
+    path = folder / "result.json"
+    if not path.is_file():
+        raise UsageError("the folder must hold a run's result.json", got=str(folder), way_out="run flyweight optimize first")
+    return Result.from_json(json.loads(path.read_text()))

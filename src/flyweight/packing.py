@@ -1,0 +1,106 @@
+"""Packs the chosen candidate into the artifact, loads it again, and confirms that it is what was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+from flyweight import discover
+from flyweight.analysis.machine import machine
+from flyweight.artifact import format as spec
+from flyweight.artifact.load import load_module, load_predictor
+from flyweight.errors import ArtifactError
+from flyweight.evaluation import timing
+from flyweight.evaluation.bench import deviation
+from flyweight.records import Measured, Plan, Result
+from flyweight.report.progress import Progress
+from flyweight.runtimes.torch import caller
+from flyweight.session import Session, versions
+
+SAME = 1e-9
+"""Relative squared difference up to which a loaded artifact's output counts as the measured one's."""
+
+
+def pack(session: Session, result: Result, folder: Path, told: Progress) -> Result:
+    """Write the result's best candidate to `folder` as an artifact; the result, with bytes and times of what was written.
+
+    Raises ArtifactError when the artifact, loaded again, does not give the measured output.
+    """
+    told.stage("packing", 2)
+    told.step("writing the artifact")
+    total = write(session, result.best.runtime, result.best.plan, result.best, folder)
+    told.done(f"{total / 1e6:.2f} MB")
+    told.step("loading it again")
+    best = _confirmed(session, result.best, folder, total)
+    told.done(f"{best.latency_ms:.2f} ms, {best.speedup:.2f} x as fast as the original")
+    front = tuple(best if m.plan == best.plan and m.runtime == best.runtime else m for m in result.front)
+    return dataclasses.replace(result, best=best, front=front)
+
+
+def write(session: Session, runtime: str, plan: Plan, measured: Measured | None, folder: Path) -> int:
+    """Build the plan's model for a runtime and write its artifact; returns its bytes."""
+    _, predictor = session.bench.prepare(runtime, plan)
+    manifest = spec.Manifest(
+        task=session.task.name,
+        runtime=runtime,
+        session=dict(predictor.session),
+        plan=plan,
+        inputs=tuple(spec.TensorSpec(name=n, dtype=d, shape=s) for n, d, s in predictor.inputs),
+        outputs=predictor.outputs,
+        layouts=dict(predictor.layouts),
+        model_digest=session.model_digest,
+        measured={} if measured is None else _figures(measured),
+        machine=machine(),
+        versions=versions(),
+    )
+    return spec.write(folder, predictor.files[0].parent, manifest)
+
+
+def how_to_load(result: Result, folder: Path) -> str:
+    """Code that loads and runs the artifact."""
+    best = folder / "best"
+    if discover.method("runtimes", result.best.runtime).FILE:
+        return (
+            f'import flyweight\n\npredict = flyweight.load("{best}")  # runs on {result.best.runtime}, without the model\'s class\n'
+            f"output = predict(batch)\n\n"
+            f'model = flyweight.load("{best}", task.model)  # the same as a PyTorch module'
+        )
+    return f'import flyweight\n\nmodel = flyweight.load("{best}", task.model)\noutput = model(batch)'
+
+
+def _figures(measured: Measured) -> dict[str, Any]:
+    """The measurement without its plan, which the manifest has already."""
+    return {name: value for name, value in measured.to_json().items() if name != "plan"}
+
+
+def _confirmed(session: Session, best: Measured, folder: Path, total: int) -> Measured:
+    batch = session.task.examples[0]
+    _, kept = session.bench.prepare(best.runtime, best.plan)
+    wanted = kept(batch)
+    if discover.method("runtimes", best.runtime).FILE:
+        predict: Any = load_predictor(folder)
+    else:
+        predict = caller(load_module(folder, session.task.model))
+    found = predict(batch)
+    if not deviation(_plain(wanted), _plain(found)) <= SAME:
+        raise ArtifactError("the artifact must give the output that was measured", got="another output", where=str(folder))
+    start = timing.race(functools.partial(caller(session.task.model), batch), functools.partial(predict, batch), 6.0)
+    session.bench.forget()
+    if best.name == "original":
+        return dataclasses.replace(best, bytes=total)
+    return dataclasses.replace(
+        best,
+        bytes=total,
+        latency_ms=start.second_ms,
+        latency_interval=start.second_interval,
+        speedup=start.speedup,
+        speedup_interval=start.speedup_interval,
+    )
+
+
+def _plain(output: Any) -> tuple[Any, ...]:
+    from flyweight.runtimes._structure import leaves
+
+    return tuple(leaves(output))

@@ -1,0 +1,103 @@
+"""Says in words what was decided, why, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flyweight.evaluation.quality import Drop, samples_needed
+from flyweight.planning import choose
+from flyweight.records import JSON, Goal, LayerChoice, Measured, Plan, Site, Step
+from flyweight.transforms import ORDER
+
+_LABELS = {"latency": "time", "size": "file", "memory": "memory"}
+
+
+def verdict(best: Measured | None, found: Sequence[Measured], goal: Goal, original: Measured) -> str:
+    """The answer in one sentence."""
+    if best is not None:
+        return f"{best.name} on {best.runtime} is {_gain(best, goal, original)}, at a drop of {_drop(best)}."
+    near = choose.nearest(found, goal, original)
+    if near is original:
+        what = {"latency": "faster", "size": "smaller", "memory": "lighter"}[goal.minimize]
+        return f"Nothing that was tried is {what} than the original here."
+    if near.verdict == "met":
+        return f"Nothing was surely better than the original; the nearest is {near.name} on {near.runtime}."
+    why = "cannot be told from more than" if near.verdict == "unresolved" else "is more than"
+    return (
+        f"Nothing met the bound; the nearest, {near.name} on {near.runtime}, is {_gain(near, goal, original)}, "
+        f"but its drop of {_drop(near)} {why} {goal.max_drop:.2%}."
+    )
+
+
+def resolution(subject: Measured, samples: int | None, goal: Goal) -> dict[str, JSON]:
+    """What the task's samples can tell, judged by one candidate's paired differences, and how many would do.
+
+    samples_needed is for telling a drop of half the bound from the bound itself, or this candidate's drop where it lies
+    nearer to zero than that.
+    """
+    if samples is None or subject.drop_interval is None:
+        return {"samples": samples, "resolvable_drop": None, "samples_needed": None}
+    drop = Drop(subject.drop, subject.drop_interval)
+    fair = Drop(min(subject.drop, goal.max_drop / 2), subject.drop_interval)
+    needed = samples_needed(samples, fair if subject.drop < goal.max_drop else drop, goal.max_drop)
+    return {"samples": samples, "resolvable_drop": drop.half, "samples_needed": needed}
+
+
+def layers(
+    sites: Sequence[Site], plan: Plan, uniform: Mapping[str, Step], damages: Mapping[str, float]
+) -> tuple[LayerChoice, ...]:
+    """What was decided at each site of the chosen plan, and why; damages are those of the uniform family."""
+    steps = {step.site: step for step in plan.steps if step.method not in ORDER}
+    ranked = sorted(damages, key=lambda name: damages[name], reverse=True)
+    return tuple(
+        LayerChoice(
+            site=site.name,
+            kind=site.kind,
+            parameters=site.parameters,
+            macs=site.macs,
+            choice=label(steps.get(site.name)),
+            reason=_reason(site, steps.get(site.name), uniform.get(site.name), damages, ranked),
+            damage=damages.get(site.name),
+        )
+        for site in sites
+    )
+
+
+def label(step: Step | None) -> str:
+    """A step in a few words, or float32."""
+    if step is None:
+        return "float32"
+    options = ", ".join(f"{name} {value}" for name, value in step.options.items())
+    return step.method + (f" ({options})" if options else "")
+
+
+def _reason(
+    site: Site, step: Step | None, usual: Step | None, damages: Mapping[str, float], ranked: Sequence[str]
+) -> str:
+    if usual is None and step is None:
+        return "no method that was chosen fits it" if damages or step else "the model is left as it is"
+    damage = damages.get(site.name)
+    alone = "" if damage is None else f"alone it changes the output by {damage:.2g} (squared, relative)"
+    if usual is not None and step != usual:
+        place = f", rank {ranked.index(site.name) + 1} of {len(ranked)}" if damage is not None else ""
+        return f"spared from {label(usual)}: {alone}{place}; the contract needs it"
+    if site.kind == "embedding":
+        return "looked up, not multiplied: stored small" + (f"; {alone}" if alone else "")
+    return alone or "the contract is met with it"
+
+
+def _gain(candidate: Measured, goal: Goal, original: Measured) -> str:
+    times = choose.gain_of(candidate, goal, original)
+    size = original.bytes / candidate.bytes
+    if goal.minimize == "latency":
+        return f"{times:.2f} x faster than the original and {size:.1f} x smaller"
+    if goal.minimize == "size":
+        return f"{times:.2f} x smaller than the original and {candidate.speedup:.2f} x as fast"
+    return f"{times:.2f} x lighter in memory than the original and {candidate.speedup:.2f} x as fast"
+
+
+def _drop(candidate: Measured) -> str:
+    if candidate.drop_interval is None:
+        return f"{candidate.drop:.2%}"
+    low, high = candidate.drop_interval.low, candidate.drop_interval.high
+    return f"{candidate.drop:.2%} ({low:.2%} to {high:.2%})"

@@ -1,0 +1,120 @@
+"""The candidates worth measuring: uniform ones of each family first, then mixtures that spare the sensitive sites."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from flyweight import discover
+from flyweight.records import Goal, Plan, Site, Step
+from flyweight.transforms import _options
+
+_ORIGINAL = "float32"
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """One way to treat every site, and the gentler way to treat those that it would hurt."""
+
+    name: str
+    steps: Mapping[str, Step] = field(default_factory=dict)
+    gentler: Mapping[str, Step] = field(default_factory=dict)
+    """For a spared site; a site without an entry is left as it is."""
+
+    @property
+    def methods(self) -> frozenset[str]:
+        """The methods it uses."""
+        return frozenset(step.method for step in self.steps.values())
+
+    def plan(self, folds: Sequence[Step], spared: Iterable[str] = ()) -> Plan:
+        """The family's plan, with some sites spared; without any step the model is left alone."""
+        if not self.steps:
+            return Plan()
+        chosen = {**self.steps}
+        for name in spared:
+            del chosen[name]
+            if name in self.gentler:
+                chosen[name] = self.gentler[name]
+        return Plan((*folds, *(chosen[name] for name in self.steps if name in chosen)))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A family on a runtime, with some sites spared."""
+
+    family: Family
+    runtime: str
+    spared: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """What it is, in a few words."""
+        return f"{self.family.name}, {len(self.spared)} layers spared" if self.spared else self.family.name
+
+    def sparing(self, sites: Iterable[str]) -> Candidate:
+        """The same with other sites spared."""
+        return dataclasses.replace(self, spared=tuple(sites))
+
+
+def families(model: nn.Module, sites: Sequence[Site], goal: Goal) -> list[Family]:
+    """The ways to treat a model worth trying for a goal; the first leaves it alone."""
+    stored = _steps(model, sites, "weight_only", {})
+    small = stored | _steps(model, sites, "weight_only", {"bits": 4, "group": 32, "symmetric": False})
+    found = [Family(_ORIGINAL), Family("int8 weights", stored)]
+    if any(step.options for step in small.values()) and goal.minimize != "latency":
+        found.append(Family("int4 weights", small, stored))
+    for reduced in (True, False):
+        options = {} if reduced else {"reduced": False}
+        ending = "" if reduced else ", full range"
+        dynamic = _steps(model, sites, "dynamic_int8", options)
+        static = _steps(model, sites, "static_int8", options)
+        if dynamic:
+            rest = stored | {s.name: static[s.name] for s in sites if s.kind == "conv" and s.name in static}
+            kind = "dynamic int8" if not _has(sites, "conv") else "static and dynamic int8"
+            gentler = stored if not _has(sites, "conv") else {}
+            found.append(Family(kind + ending, rest | dynamic, gentler))
+        if static:
+            found.append(Family("static int8" + ending, stored | static))
+    return [family for family in found if family.steps or family.name == _ORIGINAL]
+
+
+def uniform(found: Sequence[Family], runtimes: Sequence[str]) -> tuple[list[Candidate], list[str]]:
+    """Every family on every runtime that it pays on, and the reasons why others are left out."""
+    candidates, reasons = [], []
+    for family in found:
+        for runtime in runtimes:
+            reason = discover.method("runtimes", runtime).refuse(family.methods)
+            if reason:
+                reasons.append(f"{family.name} on {runtime} was not tried: {reason}")
+            else:
+                candidates.append(Candidate(family, runtime))
+    return candidates, list(dict.fromkeys(reasons))
+
+
+def sensitivity(family: Family, sites: Sequence[Site], damages: Mapping[str, float]) -> list[str]:
+    """The family's sites, the one to spare first in front: most damage for what its treatment gains.
+
+    The gain of a site is its share of the arithmetic, or of the bytes for sites without any.
+    """
+    macs, size = sum(s.macs for s in sites) or 1, sum(s.bytes for s in sites) or 1
+    gain = {s.name: max(s.macs / macs, 0.1 * s.bytes / size, 1e-6) for s in sites}
+    able = [name for name in family.steps if name in damages and family.gentler.get(name) != family.steps[name]]
+    return sorted(able, key=lambda name: damages[name] / gain[name] ** 0.5, reverse=True)
+
+
+def _steps(model: nn.Module, sites: Sequence[Site], method: str, options: Mapping[str, object]) -> dict[str, Step]:
+    """The method's step at every site that takes it; options it refuses at a site leave that site out."""
+    module = discover.method("transforms", method)
+    read = _options.read(module, options, method)
+    return {
+        site.name: Step(method, site.name, _options.plain(read))
+        for site in sites
+        if module.levels(site) and module.refuse(site, read, model.get_submodule(site.name)) is None
+    }
+
+
+def _has(sites: Sequence[Site], kind: str) -> bool:
+    return any(site.kind == kind for site in sites)

@@ -1,0 +1,63 @@
+"""Which candidate wins: the gain in what the goal minimizes, the front, the best, the nearest when nothing is met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from flyweight.records import Goal, Measured, Objective
+
+TIE = 1.02
+"""Gains closer than this are equal; the other figures decide then."""
+
+
+def gain(objective: Objective, original: Measured, speedup: float, size: int, memory: int | None) -> float:
+    """How many times better than the original a candidate is in the objective; 0 when it is not known."""
+    if objective == "latency":
+        return speedup
+    if objective == "size":
+        return original.bytes / max(size, 1)
+    if memory is None or original.peak_memory_bytes is None:
+        return 0.0
+    return original.peak_memory_bytes / max(memory, 1)
+
+
+def gain_of(candidate: Measured, goal: Goal, original: Measured) -> float:
+    """The gain of a measured candidate."""
+    return gain(goal.minimize, original, candidate.speedup, candidate.bytes, candidate.peak_memory_bytes)
+
+
+def improves(candidate: Measured, goal: Goal, original: Measured) -> bool:
+    """Whether the objective is really smaller; for latency its interval must say so."""
+    if goal.minimize == "latency":
+        return candidate.speedup_interval.low > 1
+    return gain_of(candidate, goal, original) > 1
+
+
+def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured | None:
+    """The candidate within the bound with the largest gain; among ties the one that is better in the other figures."""
+    able = [m for m in found if m.verdict == "met" and improves(m, goal, original)]
+    if not able:
+        return None
+    top = max(gain_of(m, goal, original) for m in able)
+    ties = [m for m in able if gain_of(m, goal, original) * TIE >= top]
+    return max(ties, key=lambda m: m.speedup * original.bytes / m.bytes)
+
+
+def nearest(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured:
+    """When nothing meets the goal: the improving candidate whose drop exceeds the bound least, else the original."""
+    able = [m for m in found if improves(m, goal, original)]
+    return min(able, key=lambda m: (_worst_drop(m), -gain_of(m, goal, original)), default=original)
+
+
+def front(found: Sequence[Measured], goal: Goal, original: Measured) -> tuple[Measured, ...]:
+    """The candidates that no other beats in gain and drop at once, largest gain first."""
+    ordered = sorted(found, key=lambda m: (-gain_of(m, goal, original), m.drop))
+    kept: list[Measured] = []
+    for candidate in ordered:
+        if not kept or candidate.drop < min(m.drop for m in kept):
+            kept.append(candidate)
+    return tuple(kept)
+
+
+def _worst_drop(candidate: Measured) -> float:
+    return candidate.drop if candidate.drop_interval is None else candidate.drop_interval.high

@@ -1,0 +1,56 @@
+"""Run as a script, without PyTorch: prints the bytes that loading and running a graph file adds to this process.
+
+    python _memory_probe.py RUNTIME GRAPH INPUTS.npz [KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+
+RUNTIMES = ("onnxruntime", "openvino")
+
+
+def resident() -> int:
+    """Bytes this process holds in memory now; the peak is reset to it."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes this process has held in memory since `resident`."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def _main(runtime: str, graph: str, inputs: str, *settings: str) -> None:
+    module = importlib.import_module(runtime)
+    arrays = dict(np.load(inputs, allow_pickle=False))
+    session = dict(item.split("=", 1) for item in settings)
+    before = resident()
+    if runtime == "onnxruntime":
+        options = module.SessionOptions()
+        for key, value in session.items():
+            options.add_session_config_entry(key, value)
+        loaded = module.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        for _ in range(2):
+            loaded.run(None, arrays)
+    else:
+        core = module.Core()
+        compiled = core.compile_model(core.read_model(graph), "CPU", session)
+        for _ in range(2):
+            compiled(arrays)
+    print(max(0, peak() - before))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,138 @@
+"""Looks for the best candidate within the contract in as few evaluations as possible.
+
+First every uniform candidate is timed and weighed, which is cheap. Then they are scored, the most promising first, until
+none that is left could win. A family that gains more than the best so far but breaks the contract is repaired: its most
+sensitive sites are spared, as few as the contract allows, by bisection along the order of their predicted damage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from flyweight.evaluation.bench import Survey, exact
+from flyweight.planning import choose
+from flyweight.planning.candidates import Candidate, Family, sensitivity
+from flyweight.records import Goal, Measured, Site, Trial
+
+REPAIRS = 5
+"""Evaluations spent on repairing one family."""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """What the search may do; each is remembered by the study, so that a resumed search repeats nothing."""
+
+    survey: Callable[[Candidate], Survey]
+    measure: Callable[[Candidate], Trial]
+    skip: Callable[[Candidate, str], Trial]
+    damages: Callable[[Family], Mapping[str, float]]
+    may_go_on: Callable[[], bool]
+    """False when the time for the run is used up."""
+
+
+@dataclass
+class Hunt:
+    """The state of one search."""
+
+    goal: Goal
+    original: Measured
+    sites: Sequence[Site]
+    tools: Tools
+    trials: dict[Candidate, Trial] = field(default_factory=dict)
+    surveys: dict[Candidate, Survey] = field(default_factory=dict)
+
+    def run(self, candidates: Sequence[Candidate]) -> None:
+        """Search; what was found is in `trials`."""
+        for candidate in candidates:
+            if not self.tools.may_go_on():
+                break
+            self.surveys[candidate] = self.tools.survey(candidate)
+        order = sorted(self.surveys, key=self._gain, reverse=True)
+        safe = next((c for c in order if exact(c.family.plan(())) and not self.surveys[c].failure), None)
+        for candidate in ([safe] if safe else []) + order:
+            if candidate not in self.trials:
+                self._try(candidate, forced=candidate is safe)
+        for candidate in order:
+            if self._worth_repair(candidate):
+                self._repair(candidate)
+
+    @property
+    def best(self) -> Measured | None:
+        """The best so far."""
+        return choose.best(self._measured(), self.goal, self.original)
+
+    def _measured(self) -> list[Measured]:
+        return [trial.measured for trial in self.trials.values() if trial.measured is not None]
+
+    def _gain(self, candidate: Candidate) -> float:
+        survey = self.surveys[candidate]
+        if survey.failure:
+            return 0.0
+        return choose.gain(self.goal.minimize, self.original, survey.speedup, survey.bytes, survey.memory)
+
+    def _try(self, candidate: Candidate, forced: bool = False) -> Trial:
+        """Score a candidate, or say why not."""
+        survey = self.surveys[candidate]
+        reason = survey.failure or ("" if forced else self._hopeless(candidate))
+        if not reason and not self.tools.may_go_on():
+            reason = "the time was used up before it could be scored"
+        trial = self.tools.skip(candidate, reason) if reason else self.tools.measure(candidate)
+        self.trials[candidate] = trial
+        return trial
+
+    def _hopeless(self, candidate: Candidate) -> str:
+        """Why a candidate cannot win whatever its quality; empty when it can."""
+        survey, best = self.surveys[candidate], self.best
+        gain = self._gain(candidate)
+        what = {"latency": "faster", "size": "smaller", "memory": "lighter"}[self.goal.minimize]
+        if gain <= 1:
+            return f"not {what} than the original: {gain:.2f} x"
+        if best is None:
+            return ""
+        bar = choose.gain_of(best, self.goal, self.original)
+        if gain < bar / choose.TIE:
+            return f"{gain:.2f} x, and {best.name} on {best.runtime} reaches {bar:.2f} x within the contract"
+        merit = survey.speedup / survey.bytes
+        if gain <= bar * choose.TIE and merit <= best.speedup / best.bytes * choose.TIE:
+            return f"no better than {best.name} on {best.runtime}, which meets the contract"
+        return ""
+
+    def _worth_repair(self, candidate: Candidate) -> bool:
+        trial = self.trials.get(candidate)
+        failed = trial is not None and trial.measured is not None and trial.measured.verdict != "met"
+        return failed and bool(candidate.family.steps) and not self._hopeless(candidate)
+
+    def _repair(self, candidate: Candidate) -> None:
+        """Spare sites, most sensitive first: as few as the contract allows."""
+        measured = self.trials[candidate].measured
+        if measured is None or not self.tools.may_go_on():
+            return
+        damages = self.tools.damages(candidate.family)
+        order = sensitivity(candidate.family, self.sites, damages)
+        low, high = 0, len(order) + 1
+        count = first_guess([damages[name] for name in order], measured, self.goal)
+        for _ in range(REPAIRS):
+            if not low < count < high or not self.tools.may_go_on():
+                break
+            spared = candidate.sparing(order[:count])
+            self.surveys[spared] = self.tools.survey(spared)
+            trial = self._try(spared)
+            if trial.state == "skipped":
+                break
+            if trial.measured is not None and trial.measured.verdict == "met":
+                high = count
+            else:
+                low = count
+            count = (low + min(high, len(order))) // 2 if high <= len(order) else min(2 * count, len(order))
+
+
+def first_guess(damages: Sequence[float], measured: Measured, goal: Goal) -> int:
+    """How many sites to spare, were the drop proportional to the sum of the damages that remain; at least 1."""
+    worst = measured.drop if measured.drop_interval is None else measured.drop_interval.high
+    target = sum(damages) * max(0.0, min(1.0, goal.max_drop / worst)) if worst > 0 else 0.0
+    remaining, count = sum(damages), 0
+    while count < len(damages) and remaining > target:
+        remaining -= damages[count]
+        count += 1
+    return max(1, min(count, max(1, len(damages) // 2)))

@@ -1,0 +1,152 @@
+"""What every command needs first: the task checked, its model analysed, a bench to measure on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flyweight import discover, transforms
+from flyweight.analysis.machine import cores
+from flyweight.analysis.sites import Analysis, analyse
+from flyweight.analysis.trace import trace
+from flyweight.errors import MachineError, UsageError
+from flyweight.evaluation.bench import Bench
+from flyweight.inputs.check import check, digest
+from flyweight.records import JSON, Goal, Plan, Step, Task
+from flyweight.report.progress import Progress
+from flyweight.runtimes._export import names, tensors
+
+PACKAGES = ("flyweight", "torch", "numpy", "safetensors", "onnx", "onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A task that was taken in and analysed."""
+
+    task: Task
+    """With a copy of the model in eval mode."""
+    analysis: Analysis
+    """Of the model with its batch norms folded."""
+    folds: tuple[Step, ...]
+    bench: Bench
+    notes: tuple[str, ...]
+    model_digest: str
+    examples_digest: str
+
+    def completed(self, plan: Plan) -> tuple[Plan, list[str]]:
+        """A plan with the folds that its steps at convolutions need, and a note on what was added."""
+        changed = {step.site for step in plan.steps if step.method not in transforms.ORDER}
+        folded = {step.site for step in plan.steps if step.method in transforms.ORDER}
+        added = [fold for fold in self.folds if fold.site in changed and fold.site not in folded]
+        note = f"{len(added)} batch norms were folded into convolutions that the recipe quantizes"
+        return Plan((*added, *plan.steps)), [note] if added else []
+
+
+@contextmanager
+def begin(task: Task, goal: Goal, progress: Progress) -> Iterator[Session]:
+    """Check and analyse a task; PyTorch uses all cores meanwhile, as every runtime does."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(cores())
+    torch.manual_seed(goal.seed)
+    folder = Path(tempfile.mkdtemp(prefix="flyweight-"))
+    try:
+        yield _analysed(task, goal, progress, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        torch.set_num_threads(threads)
+
+
+def runtimes(wanted: str) -> tuple[list[str], list[str]]:
+    """The runtimes to try, and a note on each that is missing; a named one that cannot run raises MachineError."""
+    known = discover.methods("runtimes")
+    if wanted != "auto":
+        reason = discover.method("runtimes", wanted).available()
+        if reason:
+            raise MachineError(f"the runtime {wanted} must be installed", got=reason)
+        return [wanted], []
+    missing = {name: module.available() for name, module in known.items()}
+    able = [name for name, reason in missing.items() if reason is None]
+    return able, [f"{name} was not tried: {reason}" for name, reason in missing.items() if reason]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def identity(session: Session, goal: Goal) -> Mapping[str, JSON]:
+    """What a study belongs to: another model, examples, goal or version is another study."""
+    kept = {name: value for name, value in goal.to_json().items() if name != "within"}
+    return {
+        "task": session.task.name,
+        "model": session.model_digest,
+        "examples": session.examples_digest,
+        "goal": kept,
+        "flyweight": versions().get("flyweight", ""),
+    }
+
+
+def check_output(out: Path, *, resume: bool, force: bool) -> None:
+    """Raise UsageError when the folder holds another run's files, MachineError when it cannot be written."""
+    if out.exists() and not out.is_dir():
+        raise UsageError("the output must be a folder", got=f"the file {out}", where="-o")
+    taken = [name for name in ("study.db", "result.json", "best") if (out / name).exists()]
+    if taken and not (resume or force):
+        raise UsageError(
+            "the output folder must not hold another run",
+            got=", ".join(taken),
+            where=str(out),
+            way_out="--resume goes on with it, --force starts anew, -o names another folder",
+        )
+    if force and not resume:
+        for name in ("study.db", "study.db-wal", "study.db-shm"):
+            (out / name).unlink(missing_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise MachineError("the output folder must be writable", got=error.strerror or "", where=str(out)) from error
+
+
+def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Session:
+    progress.stage("analysing the model", 3)
+    progress.step("checking the task")
+    task, notes = check(task)
+    model_digest = digest(task.model.state_dict())
+    progress.done(f"{sum(p.numel() for p in task.model.parameters()):,} parameters, {len(task.examples)} examples")
+    progress.step("tracing")
+    traced = trace(task.model, task.examples[0])
+    folds = tuple(Step("fold_batch_norm", conv, {"norm": norm}) for conv, norm in traced.norms.items())
+    progress.done(f"{len(folds)} batch norms can be folded")
+    progress.step("collecting statistics")
+    plain = [transforms.plain_site(task.model, fold.site) for fold in folds]
+    folded = transforms.apply(task.model, Plan(folds), plain, transforms.Context())
+    analysis = analyse(folded, task.examples, goal.seed)
+    progress.done(f"{len(analysis.sites)} layers can be changed, {analysis.macs / 1e6:,.0f} M multiplications a prediction")
+    said = (*notes, *([f"batch norms stay as they are: {traced.reason}"] if traced.reason else []), *analysis.notes)
+    bench = Bench(task, goal, analysis.sites, transforms.Context(analysis.statistics), folder)
+    return Session(task, analysis, folds, bench, said, model_digest, _examples_digest(task))
+
+
+def _examples_digest(task: Task) -> str:
+    return digest(
+        {
+            f"{index} {name}": tensor
+            for index, batch in enumerate(task.examples)
+            for name, tensor in zip(names(batch), tensors(batch), strict=True)
+        }
+    )
