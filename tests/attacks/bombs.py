@@ -290,9 +290,14 @@ GRAPHS = (
     ),
     *(
         _external(
-            f"offset {number[:9]!a}", [*samples.AT, ("offset", number), ("length", "4")], "must be numbers"
+            f"offset {number[:9]!a}", [*samples.AT, ("offset", number), ("length", "4")], "are plain numbers"
         )
         for number in NUMBERS
+    ),
+    _graph(
+        "an offset that is no UTF-8",
+        lambda: samples.graph(360, 4).replace(b"360", b"\xae60"),
+        "are plain numbers, got b'\\xae60'",
     ),
     Attack("weights within and without", _inline, "location, offset and length"),
     *(

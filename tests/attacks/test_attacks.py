@@ -1,4 +1,4 @@
-"""Each attack is refused as it should be, or read as plain text; nothing runs and nothing outside is opened."""
+"""Each attack is refused, or read as plain text; nothing runs and nothing outside is opened."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def forged(good: Path, place: Path, attack: Attack) -> Path:
 
 
 def read_hostile(folder: Path) -> str | None:
-    """What the refusal says; None when the artifact was read, its weights too. Anything else raised passes."""
+    """What the refusal says; None when the artifact was read, its weights too."""
     try:
         tensors(read(folder))
     except ArtifactError as error:
@@ -77,7 +77,7 @@ def check(folder: Path, attack: Attack) -> None:
     assert attack.says is None or attack.says in str(said), said
     assert not Path(CANARY).exists()
     assert [subject for event in RUNS for subject in seen.of(event)] == []
-    # Files are opened relative to the folder's handle: by their fixed names, never by a path. A number is a handle.
+    # Files are opened relative to the folder's handle, by their fixed names. A number is a handle.
     paths = {subject for subject in seen.of("open") if not subject.isdigit()}
     assert paths <= {str(folder), str(folder.parent), *NAMES}
     assert seconds < 1

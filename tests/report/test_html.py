@@ -303,6 +303,11 @@ def test_a_resolution_that_says_nothing_is_left_out(value: object) -> None:
     assert "can tell a drop" not in text
 
 
+def test_the_same_result_gives_the_same_bytes() -> None:
+    assert html.render(samples.met(), "x") == html.render(Result.from_json(samples.met().to_json()), "x")
+
+
+@pytest.mark.heavy
 def test_the_same_result_gives_the_same_bytes_in_another_process() -> None:
     code = (
         "import json, sys; from flyweight.records import Result; from flyweight.report import html;"

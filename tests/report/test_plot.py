@@ -106,3 +106,28 @@ def test_thousands_of_trials_stay_within_the_budget_and_are_counted() -> None:
     assert shown < len(_view.rows(result))
     assert f"Not drawn: {len(_view.rows(result)) - shown:,} candidates" in text
     assert len(text.encode()) < 2.5 * _plot.BUDGET
+
+
+def test_the_best_is_drawn_over_the_others() -> None:
+    drawn = [about["class"] for about in page.read(_plot.tradeoff(samples.met(60)).text).with_class("mark")]
+    inside = drawn[: drawn.index("mark original") + 1]  # the legend comes after the drawing
+    assert inside[-2:] == ["mark best", "mark original"]
+
+
+def test_the_stairs_join_the_points_that_no_other_beats() -> None:
+    result = samples.met()
+    places = spots(result)
+    read = page.read(_plot.tradeoff(result).text)
+    steps = [
+        tuple(float((line[key] or "")[:-1]) for key in ("x1", "y1", "x2", "y2"))
+        for line in read.with_class("stairs")
+    ]
+    told = {
+        places[f"{_view.role_name(row.role, result)}: {row.measured.name} on {row.measured.runtime}"]
+        for row in _view.rows(result)
+        if row.role != "other"
+    }
+    kept = {p for p in told if not any(q[0] >= p[0] and q[1] <= p[1] and q != p for q in told)}
+    assert len(kept) > 3
+    assert len(steps) == 2 * (len(kept) - 1)
+    assert kept == {step[:2] for step in steps[::2]} | {step[2:] for step in steps[1::2]}

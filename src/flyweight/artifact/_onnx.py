@@ -62,12 +62,17 @@ def _check_tensor(tensor: Any, external: int, buffer: range) -> None:
         raise damaged("external data has location, offset and length", got=shown(entries), where=place)
     if entries["location"] != WEIGHTS:
         raise damaged(f"external data must lie in {WEIGHTS}", got=shown(entries["location"]), where=place)
-    offset, length = entries["offset"], entries["length"]
-    if not _NUMBER.fullmatch(offset) or not _NUMBER.fullmatch(length):
-        raise damaged("offset and length must be numbers", got=shown([offset, length]), where=place)
-    if not buffer.start <= int(offset) <= int(offset) + int(length) <= buffer.stop:
+    offset, length = (_number(entries[key], f"{place}, {key}") for key in ("offset", "length"))
+    if not buffer.start <= offset <= offset + length <= buffer.stop:
         raise damaged(
             f"external data must lie in bytes {buffer.start} to {buffer.stop}",
             got=f"{length} bytes from {offset}",
             where=place,
         )
+
+
+def _number(value: str | bytes, place: str) -> int:
+    # What is no UTF-8 comes as bytes. Signs, spaces and leading zeros are read otherwise by other readers.
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value):
+        raise damaged("offset and length are plain numbers", got=shown(value), where=place)
+    return int(value)

@@ -28,12 +28,14 @@ def shown(value: object, most: int = 80) -> str:
 def parse(raw: bytes, where: str) -> Any:
     """The JSON value of UTF-8 bytes; raises ArtifactError on what two readers could read differently.
 
-    Refused: other encodings, repeated keys, NaN, Inf, numbers beyond float64, and more than MAX_DEPTH levels.
+    Refused: other encodings, lone surrogates, repeated keys, NaN, Inf, numbers beyond float64, and more than
+    MAX_DEPTH levels.
     """
     try:
         value = json.loads(
             raw.decode(), object_pairs_hook=_unrepeated, parse_constant=_not_finite, parse_float=_finite
         )
+        json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
     except (ValueError, RecursionError) as error:
         raise damaged("the file must be strict JSON", got=shown(str(error), 120), where=where) from error
     if _deeper(value, MAX_DEPTH):

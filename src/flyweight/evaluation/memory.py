@@ -39,7 +39,7 @@ def _of_file(predictor: Predictor, batch: Batch) -> int | None:
         arrays = Path(folder) / "inputs.npz"
         np.savez(arrays, **{n: t.cpu().numpy() for n, t in zip(names(batch), tensors(batch), strict=True)})
         settings = [f"{key}={value}" for key, value in predictor.session.items()]
-        command = [sys.executable, _memory_probe.__file__, predictor.runtime, str(predictor.files[0]), str(arrays), *settings]
+        command = [sys.executable, "-P", _memory_probe.__file__, predictor.runtime, str(predictor.files[0]), str(arrays), *settings]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
         except subprocess.TimeoutExpired:

@@ -174,14 +174,20 @@ def _record(event: str, args: tuple[object, ...]) -> None:
 
 
 def _fork() -> int:
+    # Ctrl-C waits until the child is where it is caught: it must not unwind into the parent's callers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     with warnings.catch_warnings():
         # Python 3.12 warns when a process with threads forks; the child runs `work` alone, then os._exit.
         warnings.simplefilter("ignore", DeprecationWarning)
-        return os.fork()
+        child = os.fork()
+    if child:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    return child
 
 
 def _code_of(work: Callable[[], object]) -> int:
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         work()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else EXIT_RAISED
