@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flyweight import session as sessions
+from flyweight import transforms
 from flyweight.analysis.machine import machine
 from flyweight.artifact.atomic import atomic_write_text
 from flyweight.errors import UsageError
@@ -25,10 +26,11 @@ from flyweight.report.progress import Progress
 from flyweight.search.hunt import Hunt, Tools
 from flyweight.search.study import Study
 from flyweight.session import Session
-from flyweight import transforms
 
 SLOW_RUNTIMES = frozenset({"torch_compile"})
 """Runtimes that take a minute to prepare; tried only when named, or when nothing else can run the model."""
+RESERVE = 0.08
+"""Share of the time kept for packing and the report."""
 
 
 def optimize(
@@ -114,7 +116,9 @@ class Run:
 
     def result(self, hunt: Hunt, best: Measured | None, missing: Sequence[str]) -> Result:
         """Everything that was found, in one record."""
-        original, trials = hunt.original, [*self.study.trials(), *self.skipped]
+        original, kept = hunt.original, self.study.trials()
+        done = {(trial.runtime, trial.plan.digest()) for trial in kept}
+        trials = [*kept, *(t for t in self.skipped if (t.runtime, t.plan.digest()) not in done)]
         found = measured_of(trials)
         chosen = best or choose.nearest(found, self.goal, original)
         samples = self.bench.original.samples if self.bench.original else None
@@ -141,10 +145,11 @@ class Run:
         )
 
     def _tools(self) -> Tools:
-        return Tools(self._survey, self._measure, self._skip, self._damages, self._time_left)
+        return Tools(self._survey, self._measure, self._skip, self._damages, self._time_used)
 
-    def _time_left(self) -> bool:
-        return time.monotonic() - self.start < self.goal.within * 0.92
+    def _time_used(self) -> float:
+        """Share of the time that is used up, less a reserve for packing."""
+        return (time.monotonic() - self.start) / (self.goal.within * (1 - RESERVE))
 
     def _plan(self, candidate: Candidate) -> Plan:
         return candidate.family.plan(self.session.folds, candidate.spared)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import shutil
 import tempfile
@@ -18,7 +19,8 @@ from flyweight.analysis.sites import Analysis, analyse
 from flyweight.analysis.trace import trace
 from flyweight.errors import MachineError, UsageError
 from flyweight.evaluation.bench import Bench
-from flyweight.inputs.check import check, digest
+from flyweight.evaluation.timing import fastest_threads
+from flyweight.inputs.check import check, digest, run
 from flyweight.records import JSON, Goal, Plan, Step, Task
 from flyweight.report.progress import Progress
 from flyweight.runtimes._export import names, tensors
@@ -51,7 +53,7 @@ class Session:
 
 @contextmanager
 def begin(task: Task, goal: Goal, progress: Progress) -> Iterator[Session]:
-    """Check and analyse a task; PyTorch uses all cores meanwhile, as every runtime does."""
+    """Check and analyse a task; meanwhile PyTorch has the thread count that suits the original."""
     threads = torch.get_num_threads()
     torch.set_num_threads(cores())
     torch.manual_seed(goal.seed)
@@ -127,6 +129,9 @@ def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Sessi
     progress.step("checking the task")
     task, notes = check(task)
     model_digest = digest(task.model.state_dict())
+    threads = fastest_threads(functools.partial(run, task.model, task.examples[0]), cores())
+    if threads < cores():
+        notes = (*notes, f"PyTorch runs the original faster with {threads} thread than with {cores()}; it is timed so")
     progress.done(f"{sum(p.numel() for p in task.model.parameters()):,} parameters, {len(task.examples)} examples")
     progress.step("tracing")
     traced = trace(task.model, task.examples[0])

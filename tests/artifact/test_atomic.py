@@ -22,7 +22,7 @@ from flyweight.artifact.format import read, write
 from flyweight.errors import MachineError
 from flyweight.testing import faults
 
-KILLS = int(os.environ.get("FLYWEIGHT_KILLS", "40"))
+KILLS = int(os.environ.get("FLYWEIGHT_KILLS", "25"))
 POINTS = sorted(
     {
         name

@@ -1,4 +1,4 @@
-"""The bad artifacts that people have, and the answer that each of them gets. The names are those of the table in docs."""
+"""The bad artifacts that people have, and the answer that each of them gets."""
 
 from __future__ import annotations
 

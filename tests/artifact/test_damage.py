@@ -17,7 +17,7 @@ from flyweight.artifact.format import read, tensors
 from flyweight.errors import ArtifactError
 from flyweight.testing import faults
 
-FLIPS = int(os.environ.get("FLYWEIGHT_FLIPS", "2000"))
+FLIPS = int(os.environ.get("FLYWEIGHT_FLIPS", "1500"))
 NAMES = ("manifest.json", "weights.safetensors", "model.onnx")
 
 

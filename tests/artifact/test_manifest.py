@@ -53,7 +53,7 @@ MANIFESTS = st.builds(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(manifest=MANIFESTS)
 def test_any_manifest_comes_back_equal(manifest: Manifest) -> None:
     said = decode(encode(manifest, FILES, TENSORS))
@@ -81,6 +81,12 @@ def test_half_a_surrogate_pair_is_refused(text: str) -> None:
     with pytest.raises(ArtifactError, match="strict JSON"):
         parse(text.encode(), "here")
     assert parse(b'"\\ud83d\\ude00"', "here") == "\U0001f600"
+
+
+def test_depth_is_limited() -> None:
+    assert parse(b'[{"a":' * 32 + b"1" + b"}]" * 32, "here")
+    with pytest.raises(ArtifactError, match="64 levels deep"):
+        parse(b"[" * 65 + b"]" * 65, "here")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,17 @@ import pytest
 from flyweight.errors import MachineError, UsageError
 from flyweight.records import JSON, Plan, Step, Trial
 from flyweight.search.study import Study
-from flyweight.testing.faults import EXIT_RAISED, Ended, fail_nth, fork_and_kill, in_child, kill_at, short_write
+from flyweight.testing.faults import (
+    EXIT_RAISED,
+    Ended,
+    ended,
+    fail_nth,
+    fork_and_kill,
+    in_child,
+    kill_at,
+    short_write,
+    start,
+)
 
 KILLS = int(os.environ.get("FLYWEIGHT_KILLS", "100"))
 KILLED = Ended(None, signal.SIGKILL)
@@ -138,10 +148,12 @@ def search(path: Path, seed: int) -> None:
             chosen = random.Random(told).randrange(10**9)
             step = Plan((Step("weight_only", f"layer.{chosen}", {}),))
             score = study.remember("score", str(chosen), lambda told=told: random.Random(told + "!").random())
-            study.trial("x", "torch", step, lambda number, step=step, score=score: ended(number, step, score))
+            study.trial(
+                "x", "torch", step, lambda number, step=step, score=score: scored(number, step, score)
+            )
 
 
-def ended(number: int, plan: Plan, score: float) -> Trial:
+def scored(number: int, plan: Plan, score: float) -> Trial:
     return Trial(
         number=number, name="x", runtime="torch", plan=plan, state="skipped", reason=repr(score),
         measured=None, seconds=0.0,
@@ -274,9 +286,7 @@ def test_the_lock_dies_with_its_process_though_its_children_live_on(folder: Path
 
     def holder() -> None:
         with Study.open(path, IDENTITY, resume=True):
-            if os.fork() == 0:
-                time.sleep(1)
-                os._exit(0)
+            start(lambda: time.sleep(1))
             os.write(writing, b"1")
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -285,6 +295,19 @@ def test_the_lock_dies_with_its_process_though_its_children_live_on(folder: Path
     assert path.with_name("study.db-lock").exists()
     assert opened(path) == ()
     assert not path.with_name("study.db-lock").exists()
+
+
+def test_reading_while_another_process_writes(folder: Path, figure: Figure) -> None:
+    path = folder / "study.db"
+    work(path, 1, folder / "log")
+    child = start(lambda: work(path, 10_000, folder / "log"))
+    seen = [len(Study.read(path).trials()) for _ in range(150)]
+    os.kill(child, signal.SIGKILL)
+    assert ended(child) == KILLED
+    assert seen == sorted(seen)
+    assert seen[-1] > seen[0]
+    assert len(opened(path)) >= seen[-1]
+    figure(7, f"{len(seen)} readings of a study while another process writes it: 0 torn")
 
 
 def contend(path: Path, upto: int, started: Path, acknowledged: Path) -> None:
@@ -306,15 +329,11 @@ def contend(path: Path, upto: int, started: Path, acknowledged: Path) -> None:
 
 def test_eight_processes_on_one_study(folder: Path, figure: Figure) -> None:
     path, started, acknowledged = folder / "study.db", folder / "started", folder / "acknowledged"
-    upto, children = 400, []
-    for _ in range(8):
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if in_child(lambda: contend(path, upto, started, acknowledged)) == FINISHED else 1)
-        children.append(child)
+    upto = 400
+    children = [start(lambda: contend(path, upto, started, acknowledged)) for _ in range(8)]
     for seed in range(2):
         assert fork_and_kill(lambda: contend(path, 10**6, started, acknowledged), seed, within=0.2) == KILLED
-    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 8
+    assert [ended(child) for child in children] == [FINISHED] * 8
     found = opened(path)
     assert len(found) >= upto
     ran = [int(line) for line in notes(started)]

@@ -283,6 +283,29 @@ def test_what_is_no_good_study_is_refused(tmp_path: Path, build: Callable[[Path]
     assert not path.with_name("study.db-lock").exists()
 
 
+@pytest.mark.parametrize(("place", "value"), [(18, 9), (39, 5), (35, 3)])
+def test_a_damaged_header_is_refused_though_all_rows_are_good(tmp_path: Path, place: int, value: int) -> None:
+    """Place 18 says who may write, 32 to 39 where the free pages are: the next write would go wrong."""
+    path = tmp_path / "study.db"
+    alter(path, "")
+    content = bytearray(path.read_bytes())
+    content[place] = value
+    path.write_bytes(content)
+    with pytest.raises(ArtifactError, match="a study file must be whole"):
+        Study.open(path, IDENTITY, resume=True)
+    assert path.read_bytes() == content
+
+
+def test_a_refused_study_is_left_closed(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    build_changed(path)
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(ArtifactError) as told:
+        Study.open(path, IDENTITY, resume=True)
+    assert os.listdir("/proc/self/fd") == before  # while the error, and so each frame, is still there
+    assert told.value.exit_code == 5
+
+
 def forge(path: Path, rows: list[tuple[str, str, bytes]]) -> None:
     """A study whose digests are right and whose rows are not what flyweight writes."""
     _journal.create(path, b"{}")

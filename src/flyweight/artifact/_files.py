@@ -50,6 +50,15 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise MachineError(rule, got=got, where=where, way_out=way_out) from error
 
 
+def is_there(path: Path) -> bool:
+    """Whether anything has that name, a link to nothing too; no error passes for a no."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 @contextmanager
 def opened_folder(folder: Path) -> Iterator[int]:
     """A handle of the folder; raises ArtifactError when it is something else."""

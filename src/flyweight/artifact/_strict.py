@@ -63,14 +63,12 @@ def _finite(text: str) -> float:
 
 def _deeper(value: Any, levels: int) -> bool:
     layer = [value]
-    for _ in range(levels + 1):
-        layer = [child for item in layer for child in _children(item)]
+    for _ in range(levels):
+        layer = [child for item in layer for child in _children(item) if isinstance(child, dict | list)]
         if not layer:
             return False
     return True
 
 
 def _children(item: Any) -> Iterable[Any]:
-    if isinstance(item, dict):
-        return item.values()
-    return item if isinstance(item, list) else ()
+    return item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from flyweight._faults import point
-from flyweight.artifact._files import disk_errors
+from flyweight.artifact._files import disk_errors, is_there
 
 T = TypeVar("T")
 
@@ -84,7 +84,7 @@ def recover(folder: Path) -> bool:
     """
     with locked(folder.parent):
         _recover(folder)
-        return os.path.lexists(folder)
+        return is_there(folder)
 
 
 @contextmanager
@@ -123,7 +123,7 @@ def _write_all(handle: int, data: bytes) -> None:
 
 
 def _put(part: Path, folder: Path) -> None:
-    if not os.path.lexists(folder):
+    if not is_there(folder):
         part.rename(folder)
     elif not _exchange(part, folder):
         folder.rename(_beside(folder, "old"))
@@ -147,9 +147,9 @@ def _exchange(one: Path, two: Path) -> bool:
 def _recover(folder: Path) -> None:
     """Under the lock: the old folder goes back to its place, or away when there is a new one."""
     old = _beside(folder, "old")
-    if os.path.lexists(folder):
+    if is_there(folder):
         _remove(old)
-    elif os.path.lexists(old):
+    elif is_there(old):
         old.rename(folder)
 
 
@@ -158,7 +158,7 @@ def _beside(path: Path, end: str) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    if os.path.lexists(folder):
+    if is_there(folder):
         shutil.rmtree(folder)
 
 

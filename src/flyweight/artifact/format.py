@@ -35,7 +35,15 @@ import torch
 
 from flyweight._faults import point
 from flyweight.artifact import _onnx, _weights
-from flyweight.artifact._files import check_size, disk_errors, names_in, opened, opened_folder, passed
+from flyweight.artifact._files import (
+    check_size,
+    disk_errors,
+    is_there,
+    names_in,
+    opened,
+    opened_folder,
+    passed,
+)
 from flyweight.artifact._strict import damaged, shown
 from flyweight.artifact.atomic import recover, replace_folder, synced_file, write_file
 from flyweight.artifact.manifest import (
@@ -130,7 +138,7 @@ def _verified(folder: Path, root: int) -> Artifact:
 
 
 def _is_at(folder: Path, root: int) -> bool:
-    return os.path.lexists(folder) and os.path.samestat(os.lstat(folder), os.fstat(root))
+    return is_there(folder) and os.path.samestat(os.lstat(folder), os.fstat(root))
 
 
 def _artifact(folder: Path, root: int) -> Artifact:
@@ -191,7 +199,7 @@ def _content(root: int, name: str, limit: int) -> bytes:
 
 
 def _check_replaceable(folder: Path) -> None:
-    if not os.path.lexists(folder):
+    if not is_there(folder):
         return
     try:
         with opened_folder(folder) as root:

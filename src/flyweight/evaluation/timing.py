@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from flyweight.records import Interval
 
 SECONDS = 4.0
@@ -47,6 +49,18 @@ def race(first: Callable[[], Any], second: Callable[[], Any], seconds: float = S
         *(statistics.median(two), _interval(two)),
         *(statistics.median(ratios), _interval(ratios)),
     )
+
+
+def fastest_threads(run: Callable[[], Any], most: int) -> int:
+    """1 or `most`, whichever lets PyTorch run the function faster; it is left set to that."""
+    times: dict[int, list[float]] = {count: [] for count in {1, most}}
+    for _ in range(3):
+        for count, seen in times.items():
+            torch.set_num_threads(count)
+            seen.append(_block(run, 2))
+    best = min(times, key=lambda count: statistics.median(times[count]))
+    torch.set_num_threads(best)
+    return best
 
 
 def _calls(run: Callable[[], Any]) -> int:

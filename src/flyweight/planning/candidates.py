@@ -88,7 +88,7 @@ def uniform(found: Sequence[Family], runtimes: Sequence[str]) -> tuple[list[Cand
         for runtime in runtimes:
             reason = discover.method("runtimes", runtime).refuse(family.methods)
             if reason:
-                reasons.append(f"{family.name} on {runtime} was not tried: {reason}")
+                reasons.append(f"{runtime} runs some families only: {reason}")
             else:
                 candidates.append(Candidate(family, runtime))
     return candidates, list(dict.fromkeys(reasons))

@@ -17,6 +17,8 @@ from flyweight.records import Goal, Measured, Site, Trial
 
 REPAIRS = 5
 """Evaluations spent on repairing one family."""
+ALTERNATIVES = 2
+"""Further families scored when there is time, so that the trade-off has more points than the winner."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,8 @@ class Tools:
     measure: Callable[[Candidate], Trial]
     skip: Callable[[Candidate, str], Trial]
     damages: Callable[[Family], Mapping[str, float]]
-    may_go_on: Callable[[], bool]
-    """False when the time for the run is used up."""
+    time_used: Callable[[], float]
+    """Share of the time for the run that is used up; from 1 on nothing new is begun."""
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Hunt:
     def run(self, candidates: Sequence[Candidate]) -> None:
         """Search; what was found is in `trials`."""
         for candidate in candidates:
-            if not self.tools.may_go_on():
+            if not self._may_go_on():
                 break
             self.surveys[candidate] = self.tools.survey(candidate)
         order = sorted(self.surveys, key=self._gain, reverse=True)
@@ -56,11 +58,26 @@ class Hunt:
         for candidate in order:
             if self._worth_repair(candidate):
                 self._repair(candidate)
+        self._alternatives(order)
 
     @property
     def best(self) -> Measured | None:
         """The best so far."""
         return choose.best(self._measured(), self.goal, self.original)
+
+    def _may_go_on(self) -> bool:
+        return self.tools.time_used() < 1
+
+    def _alternatives(self, order: Sequence[Candidate]) -> None:
+        """Score the best candidate of families that were skipped, while half of the time is left."""
+        known = {c.family.name for c, trial in self.trials.items() if trial.measured is not None}
+        tried = 0
+        for candidate in order:
+            fresh = candidate.family.name not in known and not self.surveys[candidate].failure
+            if fresh and tried < ALTERNATIVES and self._gain(candidate) > 1 and self.tools.time_used() < 0.5:
+                self._try(candidate, forced=True)
+                known.add(candidate.family.name)
+                tried += 1
 
     def _measured(self) -> list[Measured]:
         return [trial.measured for trial in self.trials.values() if trial.measured is not None]
@@ -75,7 +92,7 @@ class Hunt:
         """Score a candidate, or say why not."""
         survey = self.surveys[candidate]
         reason = survey.failure or ("" if forced else self._hopeless(candidate))
-        if not reason and not self.tools.may_go_on():
+        if not reason and not self._may_go_on():
             reason = "the time was used up before it could be scored"
         trial = self.tools.skip(candidate, reason) if reason else self.tools.measure(candidate)
         self.trials[candidate] = trial
@@ -106,14 +123,14 @@ class Hunt:
     def _repair(self, candidate: Candidate) -> None:
         """Spare sites, most sensitive first: as few as the contract allows."""
         measured = self.trials[candidate].measured
-        if measured is None or not self.tools.may_go_on():
+        if measured is None or not self._may_go_on():
             return
         damages = self.tools.damages(candidate.family)
         order = sensitivity(candidate.family, self.sites, damages)
         low, high = 0, len(order) + 1
         count = first_guess([damages[name] for name in order], measured, self.goal)
         for _ in range(REPAIRS):
-            if not low < count < high or not self.tools.may_go_on():
+            if not low < count < high or not self._may_go_on():
                 break
             spared = candidate.sparing(order[:count])
             self.surveys[spared] = self.tools.survey(spared)

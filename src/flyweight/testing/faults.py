@@ -60,24 +60,34 @@ class Opens:
         return [subject for name, subject in self.events if name.startswith(event)]
 
 
-def in_child(
-    work: Callable[[], object], *, kill_after: float | None = None, by: int = signal.SIGKILL
-) -> Ended:
-    """Run `work()` in a forked child and wait for it; after `kill_after` seconds it gets the signal `by`.
+def start(work: Callable[[], object]) -> int:
+    """Begin `work()` in a forked child and return its process number, for `ended`.
 
-    The child ends with code 0, with SystemExit's code, or with EXIT_RAISED. It writes no coverage and runs no
-    exit handlers.
+    The child ends with code 0, with SystemExit's code, or with EXIT_RAISED. It runs no exit handlers.
     """
     child = _fork()
     if child == 0:
         os._exit(_code_of(work))
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, by)  # an ended child is still there to be signalled until it is waited for
+    return child
+
+
+def ended(child: int) -> Ended:
+    """Wait until that child has ended, and how."""
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return Ended(None, os.WTERMSIG(status))
     return Ended(os.WEXITSTATUS(status), None)
+
+
+def in_child(
+    work: Callable[[], object], *, kill_after: float | None = None, by: int = signal.SIGKILL
+) -> Ended:
+    """Run `work()` in a forked child to its end; after `kill_after` seconds it gets the signal `by`."""
+    child = start(work)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        os.kill(child, by)  # an ended child is still there to be signalled until it is waited for
+    return ended(child)
 
 
 def fork_and_kill(work: Callable[[], object], seed: int, *, within: float = 0.05) -> Ended:

@@ -1,0 +1,101 @@
+"""Copies the figures of benchmarks/results into README.md and docs, between their markers: `python -m benchmarks.readme`.
+
+With --check it changes nothing and fails when a text is not what the results say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/optimize.md")
+_LABELS = {
+    "minilm": "all-MiniLM-L6-v2, sentence retrieval",
+    "efficientnet_lite0": "EfficientNet-lite0, photos",
+    "fashion_cnn": "small CNN, Fashion-MNIST",
+}
+_PEERS = {
+    "ort_dynamic": "ONNX Runtime dynamic int8, defaults",
+    "ort_dynamic_reduced": "ONNX Runtime dynamic int8, per channel, reduced range",
+    "ort_static": "ONNX Runtime static int8 (QDQ, U8S8)",
+    "ort_static_reduced": "ONNX Runtime static int8, reduced range",
+    "openvino_nncf": "OpenVINO + NNCF int8",
+    "torchao_int8": "torchao dynamic int8",
+}
+
+
+def main() -> int:
+    """Write or check every page; returns the exit code."""
+    blocks = {"contract": contract(_load("contract")), "peers": peers(_load("contract"))}
+    stale = []
+    for name in PAGES:
+        path = ROOT / name
+        old = path.read_text()
+        new = old
+        for key, text in blocks.items():
+            new = re.sub(rf"(<!-- {key} -->\n).*?(<!-- /{key} -->)", lambda m, t=text: m[1] + t + m[2], new, flags=re.DOTALL)
+        if new != old:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    print(f"changed: {', '.join(stale)}" if stale else "all pages say what the results say")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+def contract(document: dict[str, Any]) -> str:
+    """The README's table: what came out of the three examples."""
+    lines = ["| model | verdict | faster than eager PyTorch | file | drop | aim | fastest peer within 1 % |", "|---|---|---|---|---|---|---|"]
+    for case in document["details"]:
+        ours = document["details"][case]["flyweight"]
+        rows = {row["metric"]: row for row in document["rows"] if row["case"] == case}
+        speed, size = rows["speed-up, eager PyTorch = 1"], rows["file / fp32 file"]
+        against = rows["speed-up at <= 1 % drop"]
+        known = {name: value for name, value in against["peers"].items() if value is not None}
+        best = max(known, key=lambda name: known[name]) if known else ""
+        peer = f"{known[best]:.2f} × ({_PEERS[best]})" if best else "none"
+        met = "met" if rows["contract met (1 = yes)"]["ours"] == 1 else "infeasible"
+        low, high = speed["ours_interval"]
+        lines.append(
+            f"| {_LABELS[case]} | {met} | **{speed['ours']:.2f} ×** ({low:.2f} to {high:.2f}) | {size['ours']:.3f} of fp32 "
+            f"| {ours['drop']:.2%} | {speed['aim']:.1f} × | {peer} |"
+        )
+    return "\n".join(lines) + "\n\n" + _where(document)
+
+
+def peers(document: dict[str, Any]) -> str:
+    """Every peer's speed, drop and size, case by case."""
+    parts = []
+    for case, found in document["details"].items():
+        lines = [f"**{_LABELS[case]}**", "", "| what | speed-up (95 %) | drop ± | file, MB |", "|---|---|---|---|"]
+        for name, seen in found.items():
+            label = "**flyweight**" if name == "flyweight" else _PEERS[name]
+            if "failed" in seen:
+                lines.append(f"| {label} | failed: {seen['failed'][:90]} | | |")
+                continue
+            low, high = seen["interval"]
+            half = f" ± {seen['half']:.2%}" if "half" in seen else ""
+            lines.append(f"| {label} | {seen['speedup']:.2f} × ({low:.2f} to {high:.2f}) | {seen['drop']:.2%}{half} | {seen['bytes'] / 1e6:.2f} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n\n" + _where(document)
+
+
+def _where(document: dict[str, Any]) -> str:
+    machine = document["machine"]
+    return (
+        f"Measured on {machine['cores']} cores of an {machine['processor']} ({', '.join(machine['instructions'])}), "
+        f"{document['date']}, commit {document['commit']}, in one run of `python -m benchmarks.contract`.\n"
+    )
+
+
+def _load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
