@@ -17,11 +17,11 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from flyweight import discover, stages
-from flyweight.errors import FlyweightError, Interrupted, MachineError, UsageError
+from flyweight.errors import FlyweightError, Interrupted, MachineError, UsageError, first_line
 from flyweight.inputs.task_file import read_task
 from flyweight.optimize import optimize, read_result
 from flyweight.records import OBJECTIVES, Goal, Plan
-from flyweight.report import terminal
+from flyweight.report import _words, terminal
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _RECIPE_BYTES = 10_000_000
@@ -30,20 +30,34 @@ _RECIPE_BYTES = 10_000_000
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 usage, 3 model, 4 data, 5 artifact, 6 machine, 130 interrupted."""
     signal.signal(signal.SIGTERM, _stop)
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # it is the process's own until its end
     try:
-        given = _parser().parse_args(argv)
-        code: int = given.run(given)
+        code = _run(argv)
         sys.stdout.flush()
         return code
     except FlyweightError as error:
         return _end(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        return _end("interrupted; what was finished is kept: go on with --resume", Interrupted.exit_code)
+    except KeyboardInterrupt as signalled:
+        code, word = (143, "terminated") if isinstance(signalled, _Terminated) else (Interrupted.exit_code, "interrupted")
+        return _end(f"{word}; what optimize had finished is kept: go on with optimize --resume", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, OSError) as error:
+        reason = "memory ran out" if isinstance(error, MemoryError) else first_line(error)
+        return _end(f"this machine must have room and rights for the work, got {reason}; the log is {_log()}", 6)
     except Exception:  # the last border: a defect of ours, told with the place of its log
         return _end(f"a defect of flyweight; please report it with the log {_log()}", 1)
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        given = _parser().parse_args(argv)
+    except SystemExit as done:  # --help was printed
+        return int(done.code or 0)
+    code: int = given.run(given)
+    return code
 
 
 def percent(text: str) -> float:
@@ -70,13 +84,15 @@ def read_plan(path: str) -> Plan:
         with Path(path).open("rb") as file:
             raw = file.read(_RECIPE_BYTES + 1)
     except OSError as error:
-        raise MachineError("a recipe is a file", got=error.strerror or "", where=path) from error
+        got, way_out = error.strerror or "", "give a plan, an artifact's manifest.json or a run's result.json"
+        raise MachineError("a recipe is a file", got=got, where=path, way_out=way_out) from error
     if len(raw) > _RECIPE_BYTES:
-        raise UsageError("a recipe is at most 10 MB", where=path)
+        raise UsageError("a recipe is at most 10 MB", got="more", where=path, way_out="give the plan alone")
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise UsageError("a recipe must be JSON", got=str(error)[:120], where=path) from None
+        way_out = 'the form is {"flyweight_plan": 1, "steps": [{"method": ..., "site": ..., "options": {...}}]}'
+        raise UsageError("a recipe must be JSON", got=str(error)[:120], where=path, way_out=way_out) from None
     if isinstance(value, dict) and "flyweight_plan" not in value:
         value = value.get("best", value).get("plan", value) if isinstance(value.get("best", value), dict) else value
     try:
@@ -177,8 +193,8 @@ def _given_goal(given: Any) -> Goal:
 
 
 def _seed(text: str) -> int:
-    if not text.isdigit():
-        raise UsageError("a seed must be an integer from 0 on", got=repr(text), where="--seed")
+    if not re.fullmatch("[0-9]{1,10}", text):
+        raise UsageError("a seed must be an integer in [0, 2**32)", got=repr(text), where="--seed")
     return int(text)
 
 
@@ -187,7 +203,7 @@ def _optimize(given: Any) -> int:
     recipe = read_plan(given.recipe) if given.recipe else None
     task = read_task(given.task)
     if given.dry_run:
-        print(stages.dry_run(task, goal))
+        _say(stages.dry_run(task, goal))
         return 0
     result = optimize(
         task, goal, out=given.out, recipe=recipe, resume=given.resume, force=given.force, progress=True
@@ -198,23 +214,23 @@ def _optimize(given: Any) -> int:
 
 def _apply(given: Any) -> int:
     goal, recipe = _given_goal(given), read_plan(given.recipe)
-    print(stages.apply(read_task(given.task), recipe, goal, Path(given.out), force=given.force))
+    _say(stages.apply(read_task(given.task), recipe, goal, Path(given.out), force=given.force))
     return 0
 
 
 def _evaluate(given: Any) -> int:
     task = read_task(given.task)
-    print(stages.evaluate(task, Path(given.artifact) if given.artifact else None, _seed(given.seed)))
+    _say(stages.evaluate(task, Path(given.artifact) if given.artifact else None, _seed(given.seed)))
     return 0
 
 
 def _profile(given: Any) -> int:
-    print(stages.profile(read_task(given.task), _given_goal(given)))
+    _say(stages.profile(read_task(given.task), _given_goal(given)))
     return 0
 
 
 def _verify(given: Any) -> int:
-    print(stages.verify(Path(given.folder)))
+    _say(stages.verify(Path(given.folder)))
     return 0
 
 
@@ -226,24 +242,30 @@ def _report(given: Any) -> int:
 
 
 def _doctor(given: Any) -> int:
-    print(stages.doctor())
+    _say(stages.doctor())
     return 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
     """SIGTERM ends as Ctrl-C does, with its own code."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    raise _Terminated("terminated; what was finished is kept", way_out="go on with --resume")
+    raise _Terminated
 
 
-class _Terminated(Interrupted):
-    exit_code = 143
+class _Terminated(KeyboardInterrupt):
+    """No Exception: code that handles every error of a task's own would take it for one of those."""
+
+
+def _say(text: str) -> None:
+    """Print to stdout whatever its encoding."""
+    print(_words.encodable(text, sys.stdout.encoding or "ascii"))
 
 
 def _end(sentence: str, code: int) -> int:
-    text = f"flyweight: {sentence}"
-    encoding = sys.stderr.encoding or "ascii"
-    print(text.encode(encoding, "replace").decode(encoding), file=sys.stderr)
+    """Print one line to stderr whatever its encoding and whatever the sentence quotes."""
+    if sys.stderr is not None:  # closed by the caller
+        text = _words.one_line(f"flyweight: {sentence}")
+        print(_words.encodable(text, sys.stderr.encoding or "ascii"), file=sys.stderr)
     return code
 
 

@@ -6,6 +6,12 @@ The command line prints the sentence without a traceback and ends with the class
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The class and first line of somebody else's error, at most 200 characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200].rstrip(": ")
+
+
 class FlyweightError(Exception):
     """Base of all errors that are the answer to a bad input, not a defect of flyweight.
 

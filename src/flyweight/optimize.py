@@ -13,7 +13,7 @@ from flyweight import session as sessions
 from flyweight import transforms
 from flyweight.analysis.machine import machine
 from flyweight.artifact.atomic import atomic_write_text
-from flyweight.errors import UsageError
+from flyweight.errors import DataError, UsageError
 from flyweight.evaluation.bench import Bench, Survey, measured_of, survey_from
 from flyweight.evaluation.quality import Scores
 from flyweight.packing import how_to_load, pack
@@ -53,10 +53,13 @@ def optimize(
     sessions.check_output(folder, resume=resume, force=force)
     names, missing = sessions.runtimes(goal.runtime)
     with Progress(progress, goal.within) as told, sessions.begin(task, goal, told) as session:
+        if recipe is not None:
+            session.bench.build(session.completed(recipe)[0])  # what does not fit is refused before the work starts
         with Study.open(folder / "study.db", sessions.identity(session, goal), resume=resume) as study:
             run = Run(session, goal, study, told, start)
             original = run.baseline()
             hunt = run.hunt(original, names, recipe)
+            run.check_trials(hunt)
             best = hunt.best
             result = run.result(hunt, best, missing)
             result = pack(session, result, folder / "best", told)
@@ -113,6 +116,17 @@ class Run:
         self.told.stage("looking for the best", len(candidates))
         hunt.run(candidates)
         return hunt
+
+    def check_trials(self, hunt: Hunt) -> None:
+        """Raise DataError when candidates were scored and not one of them could be: then the score is at fault."""
+        failed = [trial for trial in hunt.trials.values() if trial.state == "failed"]
+        if failed and not any(trial.measured for trial in hunt.trials.values()):
+            raise DataError(
+                "the score must work on some candidate as it does on the original",
+                got=failed[0].reason,
+                where=f"{failed[0].name} on {failed[0].runtime}",
+                way_out="judge each prediction by itself: score is called once for each candidate",
+            )
 
     def result(self, hunt: Hunt, best: Measured | None, missing: Sequence[str]) -> Result:
         """Everything that was found, in one record."""

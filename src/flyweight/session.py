@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from flyweight import discover, transforms
 from flyweight.analysis.machine import cores
@@ -103,9 +105,9 @@ def identity(session: Session, goal: Goal) -> Mapping[str, JSON]:
 
 def check_output(out: Path, *, resume: bool, force: bool) -> None:
     """Raise UsageError when the folder holds another run's files, MachineError when it cannot be written."""
-    if out.exists() and not out.is_dir():
-        raise UsageError("the output must be a folder", got=f"the file {out}", where="-o")
-    taken = [name for name in ("study.db", "result.json", "best") if (out / name).exists()]
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise UsageError("the output must be a folder", got=f"the file {out}", where="-o", way_out="name another one")
+    taken = [name for name in ("study.db", "result.json", "best") if os.path.lexists(out / name)]
     if taken and not (resume or force):
         raise UsageError(
             "the output folder must not hold another run",
@@ -121,7 +123,8 @@ def check_output(out: Path, *, resume: bool, force: bool) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise MachineError("the output folder must be writable", got=error.strerror or "", where=str(out)) from error
+        got, way_out = error.strerror or "", "give a folder that you may write with -o"
+        raise MachineError("the output folder must be writable", got=got, where=str(out), way_out=way_out) from error
 
 
 def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Session:
@@ -142,9 +145,20 @@ def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Sessi
     folded = transforms.apply(task.model, Plan(folds), plain, transforms.Context())
     analysis = analyse(folded, task.examples, goal.seed)
     progress.done(f"{len(analysis.sites)} layers can be changed, {analysis.macs / 1e6:,.0f} M multiplications a prediction")
-    said = (*notes, *([f"batch norms stay as they are: {traced.reason}"] if traced.reason else []), *analysis.notes)
+    said = (*notes, *([f"batch norms stay as they are: {traced.reason}"] if traced.reason else []), *analysis.notes, *_untouched(folded, analysis))
     bench = Bench(task, goal, analysis.sites, transforms.Context(analysis.statistics), folder)
     return Session(task, analysis, folds, bench, said, model_digest, _examples_digest(task))
+
+
+def _untouched(model: nn.Module, analysis: Analysis) -> list[str]:
+    """Notes on layers that no method takes."""
+    quantized = sum(isinstance(module, transforms.QuantizedLayer) for module in model.modules())
+    found = [f"{quantized} layers are quantized already and stay as they are"] if quantized else []
+    if not analysis.sites:
+        kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+        rule = "no layer can be changed: linear layers, convolutions and embeddings can be"
+        found.append(f"{rule}, and this model's parameters are in {', '.join(kinds) or 'none of them'}")
+    return found
 
 
 def _examples_digest(task: Task) -> str:

@@ -198,7 +198,7 @@ def test_ctrl_c_at_any_moment_keeps_what_was_finished(folder: Path, figure: Figu
 
 def test_a_full_disk_is_told_and_loses_nothing(folder: Path, figure: Figure) -> None:
     outcomes = []
-    for attempt, limit in enumerate(range(0, 2_000_000, 20_000)):
+    for attempt, limit in enumerate(range(0, 2_000_000, 40_000)):
         path, log = folder / f"{attempt}.db", folder / f"{attempt}.log"
         try:
             with short_write(limit):
@@ -212,9 +212,9 @@ def test_a_full_disk_is_told_and_loses_nothing(folder: Path, figure: Figure) -> 
         work(path, 2, log)
         path.unlink()
     refused = [told for told in outcomes if told != "finished"]
-    assert 20 < len(refused) < 100
+    assert 10 < len(refused) < 50
     assert all(told.startswith("the machine must let flyweight read and write") for told in refused)
-    figure(6, f"study on a disk full at 100 sizes: {len(refused)} clean refusals, 0 trials lost")
+    figure(6, f"study on a disk full at 50 sizes: {len(refused)} clean refusals, 0 trials lost")
 
 
 def test_a_full_disk_in_the_middle_lets_the_run_go_on_once_there_is_room(folder: Path) -> None:
@@ -300,13 +300,13 @@ def test_the_lock_dies_with_its_process_though_its_children_live_on(folder: Path
 def test_reading_while_another_process_writes(folder: Path, figure: Figure) -> None:
     path = folder / "study.db"
     work(path, 1, folder / "log")
-    child = start(lambda: work(path, 10_000, folder / "log"))
-    seen = [len(Study.read(path).trials()) for _ in range(150)]
-    os.kill(child, signal.SIGKILL)
-    assert ended(child) == KILLED
+    child = start(lambda: work(path, 400, folder / "log"))
+    seen = [0]
+    while seen[-1] < 401 and len(seen) < 20_000:
+        seen.append(len(Study.read(path).trials()))
+    assert ended(child) == FINISHED
     assert seen == sorted(seen)
-    assert seen[-1] > seen[0]
-    assert len(opened(path)) >= seen[-1]
+    assert len(set(seen)) > 10
     figure(7, f"{len(seen)} readings of a study while another process writes it: 0 torn")
 
 

@@ -116,7 +116,7 @@ def test_a_torn_wal_is_taken_back_to_a_true_beginning(
 ) -> None:
     path, wal = quick_path, quick_path.with_name("study.db-wal")
     database, log = torn
-    lengths = sorted(random.Random(3).sample(range(len(log)), TRIES // 2))
+    lengths = sorted(random.Random(3).sample(range(len(log)), TRIES // 4))
     kept = []
     for length in [*lengths, len(log)]:
         path.write_bytes(database)
@@ -138,14 +138,14 @@ def test_flipped_bits_in_the_log_give_a_true_beginning_or_a_refusal(
     database, log = torn
     source = random.Random(4)
     outcomes: Counter[str] = Counter()
-    for _ in range(TRIES // 2):
+    for _ in range(TRIES // 4):
         path.write_bytes(database)
         wal.write_bytes(log)
         flip(wal, source)
         outcomes[outcome(path)] += 1
     assert not [told for told in outcomes if told.startswith("refused ")]
-    assert len(outcomes) > 10
-    figure(3, f"{TRIES // 2} flips in a study's log after a kill: 0 silent different trials")
+    assert len(outcomes) > 5
+    figure(3, f"{TRIES // 4} flips in a study's log after a kill: 0 silent different trials")
 
 
 def build_empty(path: Path) -> None:

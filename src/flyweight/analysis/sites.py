@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flyweight.analysis.calls import Call, Watch, owners
+from flyweight.analysis.calls import Call, Watch, owners, unfused
 from flyweight.errors import DataError
 from flyweight.inputs.check import run
 from flyweight.records import Batch, Site
@@ -86,7 +86,7 @@ def analyse(
     seen is told the number of examples done. Raises DataError where an activation is NaN or infinite.
     """
     recorder = _Recorder(model, per_call=max(256, SAMPLE // len(examples)), seed=seed)
-    with recorder:
+    with unfused(), recorder:
         for index, batch in enumerate(examples):
             recorder.first = index == 0
             run(model, batch)
@@ -147,6 +147,8 @@ class _Recorder:
             self._left.setdefault(path, "its weight is used more than once in one forward")
         if kind_of(self._model.get_submodule(path)) != ("linear" if call.kind == "addmm" else call.kind):
             self._left.setdefault(path, f"its class does not tell that it computes a {call.kind}")
+        if call.kind == "conv" and call.input.ndim != call.weight.ndim:
+            self._left.setdefault(path, "its input has no batch dimension")
         if call.bias is not None and call.bias is not self._model.get_submodule(path)._parameters.get("bias"):
             self._left.setdefault(path, "its bias is computed while it runs")
         if call.layout.get("max_norm") is not None:
@@ -156,16 +158,18 @@ class _Recorder:
             seen.calls += 1
             seen.macs += _macs(call)
         seen.own_input &= _same_values(active[0], call.input)
-        self._statistics(path, seen, call)
+        if path not in self._left:
+            self._statistics(path, seen, call)
 
     def _statistics(self, path: str, seen: _Seen, call: Call) -> None:
         if call.kind != "embedding" and call.input.numel():
             seen.low, seen.high = _extremes(path, call.input, seen.low, seen.high)
             seen.samples.append(self._sample(call.input))
-            channels = 1 if call.kind == "conv" else call.input.ndim - 1
-            square = call.input.detach().float().square().movedim(channels, 0).flatten(1)
-            seen.rows += square.shape[1]
-            seen.energy = square.sum(1) if seen.energy is None else seen.energy + square.sum(1)
+            channels = 1 if call.kind == "conv" else -1
+            values = call.input.detach().float().movedim(channels, -1)
+            square = values.reshape(-1, values.shape[-1]).square()
+            seen.rows += len(square)
+            seen.energy = square.sum(0) + (0 if seen.energy is None else seen.energy)
         if call.output.numel():
             seen.out_low, seen.out_high = _extremes(path, call.output, seen.out_low, seen.out_high)
             seen.out_samples.append(self._sample(call.output))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flyweight.errors import first_line as first_line
 from flyweight.records import Batch
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
@@ -40,12 +41,6 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
     except Exception as error:  # the tracer raises whatever the user's own forward provokes
         return Trace({}, f"the model cannot be traced: {first_line(error)}")
     return Trace(_norms(program))
-
-
-def first_line(error: BaseException) -> str:
-    """The class and first line of an error, at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200].rstrip(": ")
 
 
 def _norms(program: torch.export.ExportedProgram) -> dict[str, str]:

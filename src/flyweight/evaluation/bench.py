@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from flyweight import discover, transforms
-from flyweight.errors import FlyweightError, ModelError
+from flyweight.errors import DataError, FlyweightError, ModelError, first_line
 from flyweight.evaluation import memory, timing
 from flyweight.evaluation.quality import Drop, Scores, compare, judge
 from flyweight.inputs.check import run
@@ -34,7 +34,8 @@ class Survey:
     """What is cheap to know of a candidate: how fast and how large it is."""
 
     speedup: float
-    speedup_low: float
+    speedup_high: float
+    """Upper end of its 95 % interval."""
     latency_ms: float
     bytes: int
     memory: int | None = None
@@ -63,9 +64,16 @@ class Bench:
     _kept: dict[str, tuple[nn.Module, Predictor]] = field(default_factory=dict)
 
     def score_original(self) -> Scores:
-        """The task's score of the original in eager PyTorch."""
-        self.original = self._judge(self._original)
-        return self.original
+        """The task's score of the original in eager PyTorch; raises DataError when it is 0, which no drop is relative to, and
+        ModelError when the model's output cannot be compared."""
+        if not _structure.leaves(self._original(self.task.examples[0])):
+            raise ModelError("the model's output must hold a tensor", got="none", way_out="return a tensor, or a dict of them")
+        found = self._judge(self._original)
+        if found.mean == 0:
+            way_out = "shift or scale the score, so that the original's is not 0"
+            raise DataError("the original's score must not be 0", got="0", where="Task.score", way_out=way_out)
+        self.original = found
+        return found
 
     def baseline(self) -> Measured:
         """The original in eager PyTorch as a measurement; needs `original`."""
@@ -101,12 +109,12 @@ class Bench:
             model, predictor = self.prepare(runtime, plan)
             self._check(model, predictor)
         except FlyweightError as error:
-            return Survey(speedup=0, speedup_low=0, latency_ms=0, bytes=0, failure=str(error))
+            return Survey(speedup=0, speedup_high=0, latency_ms=0, bytes=0, failure=str(error))
         batch = self.task.examples[0]
         race = self._race(functools.partial(self._original, batch), functools.partial(predictor, batch), seconds)
         return Survey(
             speedup=race.speedup,
-            speedup_low=race.speedup_interval.low,
+            speedup_high=race.speedup_interval.high,
             latency_ms=race.second_ms,
             bytes=predictor.bytes,
             memory=memory.peak_memory(predictor, model, batch) if self.goal.minimize == "memory" else None,
@@ -183,8 +191,7 @@ class Bench:
         except FlyweightError:
             raise
         except Exception as error:  # a runtime refuses a graph with errors of its own
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ModelError(f"{runtime} must load the model", got=f"{type(error).__name__}: {reason[:200]}") from error
+            raise ModelError(f"{runtime} must load the model", got=first_line(error)) from error
         return predictor
 
     def _check(self, model: nn.Module, predictor: Predictor) -> float:
@@ -193,10 +200,7 @@ class Bench:
         try:
             found = predictor(batch)
         except Exception as error:  # a runtime fails with errors of its own
-            reason = (str(error).strip().splitlines() or [""])[0]
-            raise ModelError(
-                f"{predictor.runtime} must run the model", got=f"{type(error).__name__}: {reason[:200]}"
-            ) from error
+            raise ModelError(f"{predictor.runtime} must run the model", got=first_line(error)) from error
         worst = deviation(run(model, batch), found)
         if not worst < float("inf"):
             raise ModelError("a runtime's output must be finite", got="NaN or infinity", where=predictor.runtime)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flyweight.errors import DataError
+from flyweight.errors import DataError, first_line
 from flyweight.records import Goal, Interval, Predict
 
 FEW = 10
@@ -64,11 +64,8 @@ def judge(score: Callable[[Predict], float | Sequence[float]], predict: Predict,
         found = score(predict)
     except DataError:
         raise
-    except Exception as error:  # the user's own code may raise anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise DataError(
-            "the task's score must not fail", got=f"{type(error).__name__}: {reason[:200]}", where="Task.score"
-        ) from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise DataError("the task's score must not fail", got=first_line(error), where="Task.score") from error
     return _scores(found)
 
 

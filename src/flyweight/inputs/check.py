@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from flyweight.errors import DataError, ModelError, UsageError
+from flyweight.errors import DataError, ModelError, UsageError, first_line
+from flyweight.inputs._examples import check_examples, parts, shape
 from flyweight.records import Batch, Task
 
 _LARGEST = 1e30
@@ -24,15 +25,23 @@ def check(task: Task) -> tuple[Task, tuple[str, ...]]:
     Raises UsageError, ModelError or DataError that names what is wrong with the task, model or examples.
     """
     if not callable(task.score):
-        raise UsageError("score must be a function of predict", got=type(task.score).__name__, where="Task.score")
+        raise UsageError(
+            "score must be a function of predict",
+            got=type(task.score).__name__,
+            where="Task.score",
+            way_out="define score(predict) that returns one number, or one per sample",
+        )
     notes = check_model(task.model)
-    examples = check_examples(task.examples)
+    examples, said = check_examples(task.examples)
+    notes += said
     if any(module.training for module in task.model.modules()):
         notes.append("the model came in training mode; it is evaluated in eval mode, and left as it came")
     try:
         model = copy.deepcopy(task.model).eval()
     except Exception as error:  # a module may hold anything
-        raise ModelError("the model must be copyable", got=f"{type(error).__name__}: {error}") from error
+        raise ModelError(
+            "the model must be copyable", got=first_line(error), way_out="keep files, locks and handles outside it"
+        ) from error
     _runs(model, examples)
     return dataclasses.replace(task, model=model, examples=examples), tuple(notes)
 
@@ -60,22 +69,6 @@ def check_model(model: Any) -> list[str]:
     return notes
 
 
-def check_examples(examples: Any) -> Sequence[Batch]:
-    """The examples as a tuple; raises DataError when there are none, or one is no batch or holds NaN or infinities."""
-    if not isinstance(examples, Sequence) or isinstance(examples, str):
-        raise DataError(
-            "examples must be a sequence of batches",
-            got=type(examples).__name__,
-            where="Task.examples",
-            way_out="a generator is used up after one pass: make it a list",
-        )
-    if not examples:
-        raise DataError("calibration needs at least 1 batch", got="0", where="Task.examples")
-    for index, batch in enumerate(examples):
-        _batch(batch, f"examples[{index}]")
-    return tuple(examples)
-
-
 def run(model: nn.Module, batch: Batch) -> Any:
     """The model's output on a batch, without gradients; the model's mode is not changed."""
     with torch.no_grad():
@@ -92,20 +85,6 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
         found.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         found.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
-
-
-def _batch(batch: Any, where: str) -> None:
-    parts = batch if isinstance(batch, Mapping) else dict(enumerate(batch if isinstance(batch, tuple) else (batch,)))
-    for name, tensor in parts.items():
-        if not isinstance(tensor, torch.Tensor):
-            raise DataError(
-                "a batch is a tensor, a tuple or a dict of tensors", got=type(tensor).__name__, where=f"{where}[{name}]"
-            )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            first = (~torch.isfinite(tensor)).nonzero()[0].tolist()
-            raise DataError("examples must be finite", got="NaN or infinity", where=f"{where}[{name}], index {first}")
-    if not parts:
-        raise DataError("a batch must hold a tensor", got="none", where=where)
 
 
 def _finite(name: str, tensor: torch.Tensor, mask: bool) -> list[str]:
@@ -128,26 +107,30 @@ def _finite(name: str, tensor: torch.Tensor, mask: bool) -> list[str]:
 
 
 def _runs(model: nn.Module, examples: Sequence[Batch]) -> None:
+    """Run the model once on each shape of example."""
+    seen: set[str] = set()
     for index, batch in enumerate(examples):
-        if index and _shape(batch) == _shape(examples[0]):
+        if shape(batch) in seen:
             continue
+        seen.add(shape(batch))
         try:
             run(model, batch)
         except Exception as error:  # the user's forward may raise anything
-            reason = str(error).strip().splitlines() or [""]
             raise DataError(
                 "the model must accept every example",
-                got=f"{type(error).__name__}: {reason[0][:160]}",
-                where=f"examples[{index}] of shape {_shape(batch)}",
-                way_out="a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)",
+                got=first_line(error),
+                where=f"examples[{index}], {shape(batch)}",
+                way_out=_cast(model, batch) or "a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)",
             ) from error
 
 
-def _shape(batch: Batch) -> str:
-    if isinstance(batch, torch.Tensor):
-        return "x".join(map(str, batch.shape))
-    parts = batch.items() if isinstance(batch, dict) else enumerate(batch)
-    return ", ".join(f"{name} {'x'.join(map(str, tensor.shape))}" for name, tensor in parts)
+def _cast(model: nn.Module, batch: Batch) -> str:
+    """What to cast when no tensor of the batch has the type that the model computes in."""
+    wanted = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    given = [tensor.dtype for tensor in parts(batch).values()]
+    if wanted is None or wanted in given:
+        return ""
+    return f"the model computes in {wanted}, the example is {given[0]}: cast one, as in x.to({wanted})"
 
 
 def _first(names: Sequence[str]) -> str:

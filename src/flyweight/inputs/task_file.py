@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flyweight.errors import DataError, FlyweightError, MachineError, UsageError
+from flyweight.errors import DataError, FlyweightError, MachineError, UsageError, first_line
 from flyweight.records import Task
 
 
@@ -27,14 +28,19 @@ def read_task(reference: str) -> Task:
         task = function()
     except FlyweightError:
         raise
-    except Exception as error:  # the user's own code may raise anything
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError("the task's function must return a Task", got=reason, where=f"{path}:{function.__name__}") from error
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
+        raise DataError(
+            "the task's function must not fail",
+            got=first_line(error),
+            where=_place(error, path) or f"{path}:{function.__name__}",
+            way_out="call it in Python to see the whole error",
+        ) from error
     if not isinstance(task, Task):
         raise UsageError(
             "the task's function must return a flyweight.Task",
             got=type(task).__name__,
             where=f"{path}:{function.__name__}",
+            way_out="end it with return flyweight.Task(...)",
         )
     return task
 
@@ -52,24 +58,40 @@ def _split(reference: str) -> tuple[Path, str]:
 
 
 def _module(path: Path) -> ModuleType:
-    """Import a file under its own stem, with its folder on the path, as Python does for a script."""
+    """Import a file under its own stem, with its folder on the path, as Python does for a script.
+
+    A stem that another module has already, such as json, must not take that module's place.
+    """
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    taken = path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) != str(path.resolve())
+    name = f"flyweight_task_{path.stem}" if taken else path.stem
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
         raise UsageError("a task is a Python file", got=str(path))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     try:
         spec.loader.exec_module(module)
     except FlyweightError:
         raise
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise DataError(
-            "the task file must import without an error", got=f"{type(error).__name__}: {error}", where=str(path)
+            "the task file must import without an error",
+            got=first_line(error),
+            where=_place(error, path) or str(path),
+            way_out=f"python {path} shows the whole error",
         ) from error
     return module
+
+
+def _place(error: BaseException, path: Path) -> str:
+    """The line of the task's file that the error came from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve()]
+    if isinstance(error, SyntaxError) and error.filename == str(path.resolve()):
+        return f"{path}, line {error.lineno}"
+    return f"{path}, line {frames[-1].lineno}" if frames else ""
 
 
 def _function(module: ModuleType, name: str, path: Path) -> Callable[[], Any]:

@@ -27,10 +27,10 @@ def gain_of(candidate: Measured, goal: Goal, original: Measured) -> float:
 
 
 def improves(candidate: Measured, goal: Goal, original: Measured) -> bool:
-    """Whether the objective is really smaller; for latency its interval must say so."""
+    """Whether the objective is really smaller; for latency its interval must say so, else it must not be slower."""
     if goal.minimize == "latency":
         return candidate.speedup_interval.low > 1
-    return gain_of(candidate, goal, original) > 1
+    return candidate.speedup_interval.high >= 1 and gain_of(candidate, goal, original) > 1
 
 
 def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured | None:

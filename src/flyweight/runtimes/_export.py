@@ -21,12 +21,13 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from flyweight import transforms
-from flyweight.analysis.calls import OPERATIONS, operands
+from flyweight.analysis.calls import OPERATIONS, operands, unfused
 from flyweight.analysis.trace import first_line
 from flyweight.errors import ModelError
 from flyweight.inputs.check import run
-from flyweight.records import JSON, Batch, canonical
+from flyweight.records import Batch, canonical
 from flyweight.runtimes import _structure
+from flyweight.runtimes._identity import identity, tensor_digest
 
 DOMAIN, OPSET = "flyweight", 21
 _SKELETONS: dict[str, Skeleton] = {}
@@ -83,6 +84,11 @@ class _OpenSite(nn.Module):
         shell = transforms.shell(inner)
         self.path, self.shell = path, shell
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The layer's bias, for code that asks for it."""
+        return getattr(self.shell, "bias", None)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -176,7 +182,7 @@ def _export(twin: nn.Module, examples: Sequence[Batch], template: Any) -> Skelet
 
 
 def _program(twin: nn.Module, batch: Batch, dims: list[dict[int, Any]]) -> Any:
-    with warnings.catch_warnings(), torch.no_grad(), _quiet():
+    with warnings.catch_warnings(), torch.no_grad(), unfused(), _quiet():
         warnings.simplefilter("ignore")
         return torch.onnx.export(
             _Flat(twin, batch).eval(),
@@ -232,27 +238,29 @@ def _like(batch: Batch, values: Sequence[torch.Tensor]) -> Batch:
 
 def _key(twin: nn.Module, examples: Sequence[Batch]) -> str:
     """Equal for models that export to the same skeleton: same structure, same values outside the sites."""
-    digest = hashlib.sha256(repr(twin).encode())
-    for path, module in twin.named_modules():
-        if isinstance(module, _OpenSite):
-            digest.update(canonical([path, list(module.shape), str(module.dtype)]))
+    digest = hashlib.sha256()
+    for path, module in twin.named_modules(remove_duplicate=False):
+        digest.update(canonical([path, identity(module)]))
     inside = tuple(f"{path}." for path, m in twin.named_modules() if isinstance(m, _OpenSite))
     for name, tensor in (*twin.named_parameters(), *twin.named_buffers()):
         if not name.startswith(inside or ("\0",)):
-            digest.update(name.encode() + tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    shapes: list[JSON] = [[name, *map(str, (t.dtype, tuple(t.shape)))] for b in examples for name, t in zip(names(b), tensors(b), strict=True)]
-    digest.update(canonical(shapes))
+            digest.update(canonical([name, str(tensor.dtype), list(tensor.shape), tensor_digest(tensor)]))
+    for batch in examples:
+        for name, tensor in zip(names(batch), tensors(batch), strict=True):
+            digest.update(canonical([name, str(tensor.dtype), list(tensor.shape)]))
     return digest.hexdigest()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's progress, and its log of optional packages, off the terminal."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    """Keep the exporter's progress and its graphs of what it cannot follow off the terminal."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "torch.fx", "torch.export")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

@@ -8,7 +8,7 @@ Weights are not in the graph: it refers by offset to `weights.safetensors`, so t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,14 +17,13 @@ import torch
 from onnx import helper
 from torch import nn
 
+from flyweight.runtimes._constants import constants
 from flyweight.runtimes._export import DOMAIN, Skeleton
 from flyweight.runtimes._layout import ONNX_ONLY, TRANSPOSED
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
 from flyweight.transforms._grid import pack
 
-INLINE = 1024
-"""Constants of at most so many bytes stay in the graph; larger ones move to the weights."""
 IR_VERSION = 10
 _TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
@@ -83,7 +82,7 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
     proto = onnx.ModelProto()
     proto.ParseFromString(skeleton.graph)
     low = Lowered(proto, unique_state(model))
-    _state_constants(low)
+    _state_constants(low, paths)
     pads = _Pads(proto)
     for node in proto.graph.node:
         if node.domain == DOMAIN:
@@ -98,133 +97,133 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
 
 
 def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pads: _Pads) -> None:
-    path, kind = at["path"].decode(), at["kind"].decode()
+    kind, owner = at["kind"].decode(), f"{at['path'].decode()}.".lstrip(".")  # the model itself may be the layer
     x, y = node.input[0], node.output[0]
     if kind == "embedding":
-        _embedding(low, path, module, x, y)
+        _embedding(low, owner, module, x, y)
     elif kind == "conv":
         x = pads.source(x, at)
-        _convolution(low, path, module, (x, y), at)
+        _convolution(low, owner, module, (x, y), at)
     else:
-        product = _product(low, path, module, x, f"{y}.product" if at["bias"] else y)
+        product = _product(low, owner, module, x, f"{y}.product" if at["bias"] else y)
         if at["bias"]:
-            low.node("Add", [product, low.stored(_bias(path, module))], y)
+            low.node("Add", [product, low.stored(_bias(owner, module))], y)
 
 
-def _bias(path: str, module: nn.Module) -> str:
-    return f"{path}.inner.bias" if isinstance(module, QuantizedLayer) else f"{path}.bias"
+def _bias(owner: str, module: nn.Module) -> str:
+    return f"{owner}inner.bias" if isinstance(module, QuantizedLayer) else f"{owner}bias"
 
 
-def _embedding(low: Lowered, path: str, module: nn.Module, x: str, y: str) -> None:
+def _embedding(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> None:
     if not isinstance(module, QuantizedLayer):
-        low.node("Gather", [low.stored(f"{path}.weight"), x], y)
+        low.node("Gather", [low.stored(f"{owner}weight"), x], y)
         return
     kind = _TYPES[module.dtype]
-    rows = low.node("Gather", [low.stored(f"{path}.codes"), x], f"{y}.codes")
-    scales = low.node("Gather", [low.stored(f"{path}.scales"), x], f"{y}.scales")
+    rows = low.node("Gather", [low.stored(f"{owner}codes"), x], f"{y}.codes")
+    scales = low.node("Gather", [low.stored(f"{owner}scales"), x], f"{y}.scales")
     low.node("Cast", [rows], f"{y}.rows", to=onnx.TensorProto.FLOAT)
     scaled = low.node("Mul", [f"{y}.rows", scales], y if kind == onnx.TensorProto.FLOAT else f"{y}.float")
     if scaled != y:
         low.node("Cast", [scaled], y, to=kind)
 
 
-def _product(low: Lowered, path: str, module: nn.Module, x: str, y: str) -> str:
+def _product(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> str:
     """Nodes for x @ weight; returns the name of the product."""
     if not isinstance(module, QuantizedLayer):
-        key = f"{path}.weight"
+        key = f"{owner}weight"
         if isinstance(module, nn.Linear):
             _transpose(low, key)
         return low.node("MatMul", [x, low.stored(key)], y)
     if module.activations == "dynamic":
-        return _dynamic_product(low, path, module, x, y)
+        return _dynamic_product(low, owner, module, x, y)
     if module.activations == "static":
         low.grids.setdefault(x, _input_grid(module))
-    return low.node("MatMul", [x, _decoded(low, path, module)], y)
+    return low.node("MatMul", [x, _decoded(low, owner, module)], y)
 
 
-def _decoded(low: Lowered, path: str, module: QuantizedLayer) -> str:
+def _decoded(low: Lowered, owner: str, module: QuantizedLayer) -> str:
     """A DequantizeLinear of the (I, O) weight; returns the name of the floats."""
-    name = f"{path}.decoded"
+    name = f"{owner}decoded"
     if name in low.dynamic:
         return name
     low.dynamic.add(name)
     outputs, inputs = module.encoded().codes.shape
-    scales, kind = f"{path}.scales", None
+    scales, kind = f"{owner}scales", None
     if module.on.bits == 4:
         kind = onnx.TensorProto.INT4 if module.on.symmetric else onnx.TensorProto.UINT4
-        _transpose4(low, f"{path}.codes", module.encoded().codes)
+        _transpose4(low, f"{owner}codes", module.encoded().codes)
     else:
-        _transpose(low, f"{path}.codes")
-    codes = low.stored(f"{path}.codes", kind, (inputs, outputs))
+        _transpose(low, f"{owner}codes")
+    codes = low.stored(f"{owner}codes", kind, (inputs, outputs))
     if module.on.group is None:
-        zeros = _zeros(low, path, module, (outputs,), kind)
+        zeros = _zeros(low, owner, module, (outputs,), kind)
         return low.node("DequantizeLinear", [codes, low.stored(scales, shape=(outputs,)), *zeros], name, axis=1)
     _transpose(low, scales)
-    zeros = _zeros(low, path, module, (inputs // module.on.group, outputs), kind)
+    zeros = _zeros(low, owner, module, (inputs // module.on.group, outputs), kind)
     return low.node(
         "DequantizeLinear", [codes, low.stored(scales), *zeros], name, axis=0, block_size=module.on.group
     )
 
 
-def _zeros(low: Lowered, path: str, module: QuantizedLayer, shape: tuple[int, ...], kind: int | None) -> list[str]:
+def _zeros(low: Lowered, owner: str, module: QuantizedLayer, shape: tuple[int, ...], kind: int | None) -> list[str]:
     """The name of the zero points of an asymmetric grid, packed like the codes; nothing for a symmetric one."""
     if module.zeros is None:
         return []
-    _transpose4(low, f"{path}.zeros", module.zeros)
-    return [low.stored(f"{path}.zeros", kind, shape)]
+    _transpose4(low, f"{owner}zeros", module.zeros)
+    return [low.stored(f"{owner}zeros", kind, shape)]
 
 
-def _dynamic_product(low: Lowered, path: str, module: QuantizedLayer, x: str, y: str) -> str:
+def _dynamic_product(low: Lowered, owner: str, module: QuantizedLayer, x: str, y: str) -> str:
     codes, scales, zero = (f"{x}.{part}" for part in ("q8", "q8_scale", "q8_zero"))
     if codes not in low.dynamic:
         low.dynamic.add(codes)
         low.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], [codes, scales, zero]))
-    _transpose(low, f"{path}.codes")
+    _transpose(low, f"{owner}codes")
     outputs = module.scales.shape[0]
-    zeros = f"{path}.zero"
+    zeros = f"{owner}zero"
     if zeros not in low.dynamic:
         low.dynamic.add(zeros)
         low.small(zeros, torch.zeros(outputs, dtype=torch.int8))
-    low.node("MatMulInteger", [codes, low.stored(f"{path}.codes"), zero, zeros], f"{y}.sum")
+    low.node("MatMulInteger", [codes, low.stored(f"{owner}codes"), zero, zeros], f"{y}.sum")
     low.node("Cast", [f"{y}.sum"], f"{y}.float", to=onnx.TensorProto.FLOAT)
-    low.node("Mul", [scales, low.stored(f"{path}.scales", shape=(outputs,))], f"{y}.scale")
+    low.node("Mul", [scales, low.stored(f"{owner}scales", shape=(outputs,))], f"{y}.scale")
     return low.node("Mul", [f"{y}.float", f"{y}.scale"], y)
 
 
-def _convolution(low: Lowered, path: str, module: nn.Module, ends: tuple[str, str], at: Mapping[str, Any]) -> None:
-    (x, y), bias = ends, [low.stored(_bias(path, module))] if at["bias"] else []
+def _convolution(low: Lowered, owner: str, module: nn.Module, ends: tuple[str, str], at: Mapping[str, Any]) -> None:
+    (x, y), bias = ends, [low.stored(_bias(owner, module))] if at["bias"] else []
     layout = {name: at[name] for name in ("strides", "pads", "dilations", "group")}
     if not isinstance(module, QuantizedLayer):
-        low.node("Conv", [x, low.stored(f"{path}.weight"), *bias], y, **layout)
+        low.node("Conv", [x, low.stored(f"{owner}weight"), *bias], y, **layout)
         return
     outputs = module.shape[0]
-    codes = low.stored(f"{path}.codes", shape=module.shape)
-    name = f"{path}.decoded"
+    codes = low.stored(f"{owner}codes", shape=module.shape)
+    name = f"{owner}decoded"
     if name not in low.dynamic:
         low.dynamic.add(name)
-        scales = low.stored(f"{path}.scales", shape=(outputs,))
+        scales = low.stored(f"{owner}scales", shape=(outputs,))
         low.node("DequantizeLinear", [codes, scales], name, axis=0)
         if module.activations == "static" and bias:
-            _integer_bias(low, path, module)
+            _integer_bias(low, owner, module)
     if module.activations == "static":
         low.grids.setdefault(x, _input_grid(module))
         low.outputs.append((y, (float(module.output_scale), int(module.output_zero))))
-        bias = [f"{path}.bias_decoded"] if bias else []
+        bias = [f"{owner}bias_decoded"] if bias else []
     low.node("Conv", [x, name, *bias], y, **layout)
 
 
-def _integer_bias(low: Lowered, path: str, module: QuantizedLayer) -> None:
+def _integer_bias(low: Lowered, owner: str, module: QuantizedLayer) -> None:
     """The bias as 32-bit integers in units of input scale times weight scale, as integer convolutions need it.
 
     The graph computes them from the stored bias; runtimes do so once, when they load it.
     """
-    name = f"{path}.bias"
-    input_scale = low.small(f"{path}.input_step", torch.tensor(float(module.input_scale)))
-    scales = low.node("Mul", [low.stored(f"{path}.scales", shape=(module.shape[0],)), input_scale], f"{name}.steps")
-    low.node("Div", [low.stored(_bias(path, module)), scales], f"{name}.quotients")
+    name = f"{owner}bias"
+    input_scale = low.small(f"{owner}input_step", torch.tensor(float(module.input_scale)))
+    scales = low.node("Mul", [low.stored(f"{owner}scales", shape=(module.shape[0],)), input_scale], f"{name}.steps")
+    low.node("Div", [low.stored(_bias(owner, module)), scales], f"{name}.quotients")
     low.node("Round", [f"{name}.quotients"], f"{name}.rounds")
     low.node("Cast", [f"{name}.rounds"], f"{name}.codes", to=onnx.TensorProto.INT32)
-    low.node("DequantizeLinear", [f"{name}.codes", scales], f"{path}.bias_decoded", axis=0)
+    low.node("DequantizeLinear", [f"{name}.codes", scales], f"{owner}bias_decoded", axis=0)
 
 
 def _input_grid(module: QuantizedLayer) -> tuple[float, int]:
@@ -309,27 +308,22 @@ def _users(nodes: Sequence[Any]) -> dict[str, list[Any]]:
     return users
 
 
-def _state_constants(low: Lowered) -> None:
+def _state_constants(low: Lowered, sites: Iterable[str]) -> None:
     """Let the graph's own constants refer to the weights: those of the model by their key, large others by a new one."""
+    filled = tuple(f"{path}." for path in sites)  # may be stored otherwise, so nothing else may refer to them
     kept = []
-    for item in low.graph.graph.initializer:
-        key = item.name.removeprefix("model.")
-        tensor = torch.from_numpy(onnx.numpy_helper.to_array(item).copy()) if item.data_type in _TYPES.values() else None
-        if tensor is None:
+    for found in constants(low.graph.graph, {k: t for k, t in low.weights.items() if not k.startswith(filled)}):
+        item, name = found.item, found.item.name
+        if found.tensor is None:
             kept.append(item)
-        elif key in low.weights and _equal(low.weights[key], tensor):
-            low.refers[item.name] = (key, item.data_type, tuple(item.dims))
-        elif tensor.numel() * tensor.element_size() > INLINE:
-            low.weights[f"{ONNX_ONLY}{item.name}"] = tensor
-            low.refers[item.name] = (f"{ONNX_ONLY}{item.name}", item.data_type, tuple(item.dims))
+        elif found.turned:
+            low.node("Transpose", [low.stored(found.key)], name, perm=[1, 0])
         else:
-            kept.append(item)
+            key = found.key or f"{ONNX_ONLY}{name}"
+            low.weights.setdefault(key, found.tensor)
+            low.refers[name] = (key, item.data_type, tuple(item.dims))
     del low.graph.graph.initializer[:]
     low.graph.graph.initializer.extend(kept)
-
-
-def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
 
 
 def _finish(low: Lowered) -> None:

@@ -19,8 +19,6 @@ REPAIRS = 5
 """Evaluations spent on repairing one family."""
 ALTERNATIVES = 2
 """Further families scored when there is time, so that the trade-off has more points than the winner."""
-
-
 @dataclass(frozen=True)
 class Tools:
     """What the search may do; each is remembered by the study, so that a resumed search repeats nothing."""
@@ -83,10 +81,14 @@ class Hunt:
         return [trial.measured for trial in self.trials.values() if trial.measured is not None]
 
     def _gain(self, candidate: Candidate) -> float:
+        """The surveyed gain."""
         survey = self.surveys[candidate]
+        return self._gain_at(survey, survey.speedup)
+
+    def _gain_at(self, survey: Survey, speedup: float) -> float:
         if survey.failure:
             return 0.0
-        return choose.gain(self.goal.minimize, self.original, survey.speedup, survey.bytes, survey.memory)
+        return choose.gain(self.goal.minimize, self.original, speedup, survey.bytes, survey.memory)
 
     def _try(self, candidate: Candidate, forced: bool = False) -> Trial:
         """Score a candidate, or say why not."""
@@ -99,19 +101,21 @@ class Hunt:
         return trial
 
     def _hopeless(self, candidate: Candidate) -> str:
-        """Why a candidate cannot win whatever its quality; empty when it can."""
+        """Why a candidate cannot win whatever its quality; empty when it can. Times count by their intervals' upper end."""
         survey, best = self.surveys[candidate], self.best
-        gain = self._gain(candidate)
+        gain, hope = self._gain(candidate), self._gain_at(survey, survey.speedup_high)
         what = {"latency": "faster", "size": "smaller", "memory": "lighter"}[self.goal.minimize]
-        if gain <= 1:
+        if hope <= 1:
             return f"not {what} than the original: {gain:.2f} x"
+        if survey.speedup_high < 1:
+            return f"slower than the original: {survey.speedup:.2f} x as fast"
         if best is None:
             return ""
         bar = choose.gain_of(best, self.goal, self.original)
-        if gain < bar / choose.TIE:
+        if hope < bar:
             return f"{gain:.2f} x, and {best.name} on {best.runtime} reaches {bar:.2f} x within the contract"
-        merit = survey.speedup / survey.bytes
-        if gain <= bar * choose.TIE and merit <= best.speedup / best.bytes * choose.TIE:
+        merit = survey.speedup_high / survey.bytes
+        if hope <= bar * choose.TIE and merit <= best.speedup / best.bytes * choose.TIE:
             return f"no better than {best.name} on {best.runtime}, which meets the contract"
         return ""
 

@@ -18,6 +18,11 @@ from flyweight.transforms._grid import Encoded, Grid, decode, encode, pack, unpa
 Activations = Literal["float", "dynamic", "static"]
 
 
+class _Decoded(torch.Tensor):
+    """A weight handed out to code that asks for it. Being no plain tensor, it keeps PyTorch's fused transformer layers
+    from computing with it past the layer, which rounds its input too."""
+
+
 class QuantizedLayer(nn.Module):
     """The layer `inner` with its weight as integers.
 
@@ -59,10 +64,11 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The decoded weight in the layer's own shape and dtype."""
+        return self._decoded().as_subclass(_Decoded)
+
+    def _decoded(self) -> torch.Tensor:
         decoded = decode(self.encoded()).to(self.dtype)
-        if self.transposed:
-            return decoded.T.reshape(self.shape)
-        return decoded.reshape(self.shape)
+        return (decoded.T if self.transposed else decoded).reshape(self.shape)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -73,11 +79,13 @@ class QuantizedLayer(nn.Module):
         """What the inner layer computes with the decoded weight and the rounded input."""
         if self.activations != "float":
             args, kwargs = _map_first(self._round, args, kwargs)
-        return functional_call(self.inner, {"weight": self.weight}, args, kwargs)
+        return functional_call(self.inner, {"weight": self._decoded()}, args, kwargs)
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         if self.activations == "static":
             return round_to(x, self.input_scale, self.input_zero.float())
+        if not x.numel():
+            return x
         low, high = torch.aminmax(x)
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = ((high - low) / 255).clamp(min=1e-30)
