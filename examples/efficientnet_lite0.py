@@ -74,9 +74,9 @@ def normalized(views: torch.Tensor) -> torch.Tensor:
 
 
 def reciprocal_rank(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The mean of 1 / rank of the labels (n) by logits (n, 1000)."""
+    """The mean of 1 / rank of the labels (n) by logits (n, 1000); a tie counts against the label."""
     own = logits.gather(1, labels[:, None])
-    return float((1 / (1 + (logits > own).sum(1))).mean())
+    return float((1 / (logits >= own).sum(1)).mean())
 
 
 def _read(file: Path) -> Image.Image:

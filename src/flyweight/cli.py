@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 usage, 3 model, 4 data, 5 artifact, 6 machine, 130 interrupted."""
     signal.signal(signal.SIGTERM, _stop)
     if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # it is the process's own until its end
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # it is the process's own until its end
     try:
         code = _run(argv)
         sys.stdout.flush()
@@ -203,7 +203,7 @@ def _optimize(given: Any) -> int:
     recipe = read_plan(given.recipe) if given.recipe else None
     task = read_task(given.task)
     if given.dry_run:
-        _say(stages.dry_run(task, goal))
+        _say(stages.dry_run(task, goal, recipe))
         return 0
     result = optimize(
         task, goal, out=given.out, recipe=recipe, resume=given.resume, force=given.force, progress=True

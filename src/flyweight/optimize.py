@@ -128,28 +128,26 @@ class Run:
                 way_out="judge each prediction by itself: score is called once for each candidate",
             )
 
-    def result(self, hunt: Hunt, best: Measured | None, missing: Sequence[str]) -> Result:
-        """Everything that was found, in one record."""
+    def result(self, hunt: Hunt, best: Measured, *, met: bool, missing: Sequence[str]) -> Result:
+        """Everything that was found, in one record; best: as packed."""
         original, kept = hunt.original, self.study.trials()
         done = {(trial.runtime, trial.plan.digest()) for trial in kept}
         trials = [*kept, *(t for t in self.skipped if (t.runtime, t.plan.digest()) not in done)]
-        found = measured_of(trials)
-        chosen = best or choose.nearest(found, self.goal, original)
+        found = [best if _same(m, best) else m for m in measured_of(trials)]
         samples = self.bench.original.samples if self.bench.original else None
-        lossy = [m for m in found if m.drop_interval and m.drop != 0]
-        subject = chosen if chosen.drop else (lossy or [chosen])[0]
+        lossy = [m for m in found if m.drop_interval and m.drop]
         return Result(
             task=self.session.task.name,
-            status="met" if best else "infeasible",
-            verdict=advice.verdict(best, found, self.goal, original),
+            status="met" if met else "infeasible",
+            verdict=advice.verdict(best, self.goal, original, met=met),
             goal=self.goal,
             machine=machine(),
             baseline=original,
-            best=chosen,
+            best=best,
             front=choose.front([*found, original], self.goal, original),
             trials=tuple(dataclasses.replace(trial, number=index) for index, trial in enumerate(trials)),
-            layers=self._layers(hunt, chosen),
-            resolution=advice.resolution(subject, len(samples) if samples else None, self.goal),
+            layers=self._layers(hunt, best),
+            resolution=advice.resolution(best if best.drop else (lossy or [best])[0], samples and len(samples), self.goal),
             notes=(*self.session.notes, *missing, *self.notes),
             evaluations=self.bench.evaluations,
             seconds=time.monotonic() - self.start,
@@ -225,6 +223,10 @@ class Run:
         steps: Mapping[str, Step] = origin.family.steps if origin else {}
         found = self._damages(origin.family) if origin and steps else {}
         return advice.layers(self.session.analysis.sites, chosen.plan, steps, found)
+
+
+def _same(one: Measured, two: Measured) -> bool:
+    return one.runtime == two.runtime and one.plan == two.plan
 
 
 def _write(result: Result, folder: Path) -> None:

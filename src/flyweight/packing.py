@@ -16,6 +16,7 @@ from flyweight.evaluation import timing
 from flyweight.evaluation.bench import deviation
 from flyweight.records import Measured, Plan, Result
 from flyweight.report.progress import Progress
+from flyweight.runtimes._structure import leaves
 from flyweight.runtimes.torch import caller
 from flyweight.session import Session, versions
 
@@ -23,20 +24,19 @@ SAME = 1e-9
 """Relative squared difference up to which a loaded artifact's output counts as the measured one's."""
 
 
-def pack(session: Session, result: Result, folder: Path, told: Progress) -> Result:
-    """Write the result's best candidate to `folder` as an artifact; the result, with bytes and times of what was written.
+def pack(session: Session, best: Measured, folder: Path, told: Progress) -> Measured:
+    """Write a measured candidate to `folder` as an artifact; the candidate with the bytes and times of what was written.
 
     Raises ArtifactError when the artifact, loaded again, does not give the measured output.
     """
     told.stage("packing", 2)
     told.step("writing the artifact")
-    total = write(session, result.best.runtime, result.best.plan, result.best, folder)
+    total = write(session, best.runtime, best.plan, best, folder)
     told.done(f"{total / 1e6:.2f} MB")
     told.step("loading it again")
-    best = _confirmed(session, result.best, folder, total)
-    told.done(f"{best.latency_ms:.2f} ms, {best.speedup:.2f} x as fast as the original")
-    front = tuple(best if m.plan == best.plan and m.runtime == best.runtime else m for m in result.front)
-    return dataclasses.replace(result, best=best, front=front)
+    confirmed = _confirmed(session, best, folder, total)
+    told.done(f"{confirmed.latency_ms:.2f} ms, {confirmed.speedup:.2f} x as fast as the original")
+    return confirmed
 
 
 def write(session: Session, runtime: str, plan: Plan, measured: Measured | None, folder: Path) -> int:
@@ -101,6 +101,5 @@ def _confirmed(session: Session, best: Measured, folder: Path, total: int) -> Me
 
 
 def _plain(output: Any) -> tuple[Any, ...]:
-    from flyweight.runtimes._structure import leaves
-
+    """Without the structure, which a loaded file gives as plain dicts and tuples."""
     return tuple(leaves(output))

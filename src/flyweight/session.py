@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -105,9 +104,9 @@ def identity(session: Session, goal: Goal) -> Mapping[str, JSON]:
 
 def check_output(out: Path, *, resume: bool, force: bool) -> None:
     """Raise UsageError when the folder holds another run's files, MachineError when it cannot be written."""
-    if os.path.lexists(out) and not os.path.isdir(out):
+    if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise UsageError("the output must be a folder", got=f"the file {out}", where="-o", way_out="name another one")
-    taken = [name for name in ("study.db", "result.json", "best") if os.path.lexists(out / name)]
+    taken = [name for name in ("study.db", "result.json", "best") if (out / name).exists()]
     if taken and not (resume or force):
         raise UsageError(
             "the output folder must not hold another run",

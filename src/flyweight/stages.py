@@ -17,15 +17,15 @@ from flyweight.analysis.machine import machine
 from flyweight.artifact import format as spec
 from flyweight.artifact.atomic import atomic_write_text
 from flyweight.artifact.load import load_module, load_predictor
-from flyweight.errors import UsageError
+from flyweight.errors import ArtifactError, UsageError, first_line
 from flyweight.evaluation import timing
 from flyweight.evaluation.bench import Bench, Survey
-from flyweight.evaluation.quality import compare, judge
-from flyweight.inputs.check import check
+from flyweight.evaluation.quality import Scores, compare, judge
+from flyweight.inputs.check import check, digest
 from flyweight.optimize import SLOW_RUNTIMES
 from flyweight.packing import how_to_load, write
 from flyweight.planning.candidates import Family, families, uniform
-from flyweight.records import Goal, Interval, Plan, Result, Site, Task
+from flyweight.records import Goal, Interval, Plan, Predict, Result, Site, Task
 from flyweight.report import html
 from flyweight.report.progress import Progress
 from flyweight.runtimes.torch import caller
@@ -45,17 +45,19 @@ def profile(task: Task, goal: Goal) -> str:
         return "\n".join([*lines, *_said([*missing, *session.notes])])
 
 
-def dry_run(task: Task, goal: Goal) -> str:
-    """What `optimize` would try, and about how long it takes."""
+def dry_run(task: Task, goal: Goal, recipe: Plan | None = None) -> str:
+    """What `optimize` would try, and about how long it takes; raises UsageError when the recipe does not fit the model."""
     names, missing = sessions.runtimes(goal.runtime)
     with _begun(task, goal) as session:
         model = session.bench.build(Plan(session.folds))
-        candidates, reasons = uniform(
-            families(model, session.analysis.sites, goal), [n for n in names if n not in SLOW_RUNTIMES] or names
-        )
+        ways = families(model, session.analysis.sites, goal)
+        if recipe is not None:
+            session.bench.build(session.completed(recipe)[0])
+            ways = [Family("the recipe", {step.site: step for step in recipe.steps})]
+        candidates, reasons = uniform(ways, [n for n in names if n not in SLOW_RUNTIMES] or names)
         session.bench.score_original()
         once = session.bench.measuring
-    lines = [f"{task.name}: one score takes {once:.1f} s; {len(candidates)} uniform candidates would be timed:", ""]
+    lines = [f"{task.name}: one score takes {once:.1f} s; {len(candidates)} candidates would be timed:", ""]
     lines += [f"  {c.name} on {c.runtime}" for c in candidates]
     about = len(candidates) * 5 + 8 * (once + 6)
     lines += ["", f"then the promising ones scored: about {about / 60:.0f} min, at most {goal.within / 60:.0f} min"]
@@ -87,22 +89,25 @@ def apply(task: Task, recipe: Plan, goal: Goal, out: Path, *, force: bool = Fals
 
 
 def evaluate(task: Task, artifact: Path | None, seed: int) -> str:
-    """The score and latency of the original and, paired with it, of an artifact."""
+    """The score and latency of the original and, paired with it, of an artifact.
+
+    Raises ArtifactError when the artifact does not take the task's examples.
+    """
     task, notes = check(task)
     with _threads():
-        original, batch = caller(task.model), task.examples[0]
-        scores = judge(task.score, original, seed)
+        batch = task.examples[0]
+        scores, run = judge(task.score, caller(task.model), seed), functools.partial(caller(task.model), batch)
         lines = [f"{'':<12}{'score':>10}  {'95 % interval':<20}{'latency':>12}"]
-        lines += [_score_line("original", scores.mean, scores.interval(), timing.race(*[functools.partial(original, batch)] * 2))]
-        if artifact is not None:
-            runtime = spec.read(artifact).manifest.runtime
-            file = discover.method("runtimes", runtime).FILE
-            predict = load_predictor(artifact) if file else caller(load_module(artifact, task.model))
-            race = timing.race(functools.partial(original, batch), functools.partial(predict, batch))
-            found = judge(task.score, predict, seed)
-            drop = compare(scores, found)
-            lines += [_score_line("artifact", found.mean, found.interval(), race, second=True)]
-            lines += ["", f"drop {drop.value:.3%}{_between(drop.interval)}, {race.speedup:.2f} x as fast on {runtime}"]
+        if artifact is None:
+            return "\n".join([*lines, _score_line("original", scores, timing.race(run, run).first_ms), *_said(notes)])
+        predict, said = _opened(artifact, task)
+        race = timing.race(run, functools.partial(predict, batch))
+        found = judge(task.score, predict, seed)
+    drop = compare(scores, found)
+    lines += [_score_line("original", scores, race.first_ms), _score_line("artifact", found, race.second_ms)]
+    lines += ["", f"drop {drop.value:.3%}{_between(drop.interval)}, {race.speedup:.2f} x as fast on {said.runtime}"]
+    if said.model_digest != digest(task.model.state_dict()):
+        notes = (*notes, "the artifact was made from other weights than the task's model has: the drop is between the two")
     return "\n".join([*lines, *_said(notes)])
 
 
@@ -184,9 +189,26 @@ def _survey(found: Survey) -> str:
     return f"{found.speedup:>6.2f} x{found.latency_ms:>9.2f} ms{found.bytes / 1e6:>7.2f} MB"
 
 
-def _score_line(name: str, mean: float, interval: Interval | None, race: timing.Race, second: bool = False) -> str:
+def _opened(folder: Path, task: Task) -> tuple[Predict, spec.Manifest]:
+    """The artifact's predictor, which takes the task's first example, and its manifest."""
+    said = spec.read(folder).manifest
+    predict: Predict
+    if discover.method("runtimes", said.runtime).FILE:
+        predict = load_predictor(folder)
+    else:
+        predict = caller(load_module(folder, task.model))
+    try:
+        predict(task.examples[0])
+    except Exception as error:  # a runtime refuses another model's input with errors of its own
+        rule, way_out = "the artifact must take the task's examples", f"it was made for the task {said.task!r}"
+        raise ArtifactError(rule, got=first_line(error), where=str(folder), way_out=way_out) from error
+    return predict, said
+
+
+def _score_line(name: str, scores: Scores, latency_ms: float) -> str:
+    interval = scores.interval()
     within = "-" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"
-    return f"{name:<12}{mean:>10.4f}  {within:<20}{race.second_ms if second else race.first_ms:>9.2f} ms"
+    return f"{name:<12}{scores.mean:>10.4f}  {within:<20}{latency_ms:>9.2f} ms"
 
 
 def _between(interval: Interval | None) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -49,7 +51,7 @@ def no_parameters() -> Task:
 
 def no_layer() -> Task:
     """Parameters, but no layer that a method can change."""
-    return _task(model=nn.LayerNorm(SIZE))
+    return _task(model=nn.LayerNorm(SIZE), score=lambda predict: predict(_data()).std(1).tolist())
 
 
 def tied() -> Task:
@@ -116,7 +118,7 @@ def grouped() -> Task:
 def uncopyable() -> Task:
     """A model that holds what cannot be copied."""
     model = _model()
-    model.handle = open(os.devnull)  # noqa: SIM115  # the fault is that it stays open
+    model.lock = threading.Lock()
     return _task(model=model)
 
 
@@ -217,7 +219,7 @@ def score_crash() -> Task:
 
 def score_exit() -> Task:
     """The score ends the program."""
-    return _task(score=lambda predict: exit(3))
+    return _task(score=lambda predict: sys.exit(3))
 
 
 def score_fewer() -> Task:
@@ -310,7 +312,7 @@ def _accurate(predict: Callable[[Any], Any]) -> Sequence[float]:
 def _accuracy(logits: torch.Tensor) -> Sequence[float]:
     with torch.no_grad():
         labels = _model()(_data()).argmax(1)
-    return (logits.argmax(1) == labels).float().tolist() if logits.ndim == 2 else [1.0, 0.5, 1.0]
+    return (logits.argmax(1) == labels).float().tolist()
 
 
 def _crash(predict: Callable[[Any], Any]) -> float:

@@ -82,18 +82,21 @@ class Watch(TorchFunctionMode):
             owned = self._weights.get(id(weight))
             if owned is not None:
                 self._seen(owned, Call(kind, x, weight, bias, result, layout))
-        for path in {self._weights[id(a)] for a in _tensors((*args, *kwargs.values())) if id(a) in self._weights}:
+        for path in {self._weights[id(a)] for a in tensors_in((*args, *kwargs.values())) if id(a) in self._weights}:
             if path != owned and getattr(func, "__name__", "") != "__get__":
                 self._other(path, getattr(func, "__name__", str(func)))
         return result
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among values, and in lists, tuples and dicts among them."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, list | tuple):
-            yield from _tensors(value)
+            yield from tensors_in(value)
+        elif isinstance(value, Mapping):
+            yield from tensors_in(value.values())
 
 
 @contextlib.contextmanager

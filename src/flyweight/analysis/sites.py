@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flyweight.analysis.calls import Call, Watch, owners, unfused
+from flyweight.analysis.calls import Call, Watch, owners, tensors_in, unfused
 from flyweight.errors import DataError
 from flyweight.inputs.check import run
 from flyweight.records import Batch, Site
@@ -89,7 +89,7 @@ def analyse(
     with unfused(), recorder:
         for index, batch in enumerate(examples):
             recorder.first = index == 0
-            run(model, batch)
+            recorder.output(run(model, batch))
             seen(index + 1)
     return recorder.analysis()
 
@@ -133,6 +133,12 @@ class _Recorder:
             self._active.pop(path, None)
 
         return end
+
+    def output(self, value: Any) -> None:
+        """Leave alone what hands its weight out of the model."""
+        for tensor in tensors_in([value]):
+            if id(tensor) in self._owners:
+                self._left.setdefault(self._owners[id(tensor)], "its weight is an output of the model")
 
     def _other(self, path: str, function: str) -> None:
         self._left.setdefault(path, f"its weight is also used by {function}")

@@ -54,7 +54,7 @@ def _norms(program: torch.export.ExportedProgram) -> dict[str, str]:
         if _named(node, _CONVOLUTIONS) and owner and len(node.users) == 1:
             user = next(iter(node.users))
             norm = _owner(user, parameters)
-            if _named(user, ("batch_norm",)) and norm and user.args[0] is node:
+            if _named(user, ("batch_norm",)) and norm and user.args[0] is node and user.args[3] is not None:
                 found[owner] = norm
     return {conv: norm for conv, norm in found.items() if uses[conv] == uses[norm] == 1}
 

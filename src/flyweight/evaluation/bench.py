@@ -64,8 +64,10 @@ class Bench:
     _kept: dict[str, tuple[nn.Module, Predictor]] = field(default_factory=dict)
 
     def score_original(self) -> Scores:
-        """The task's score of the original in eager PyTorch; raises DataError when it is 0, which no drop is relative to, and
-        ModelError when the model's output cannot be compared."""
+        """The task's score of the original in eager PyTorch.
+
+        Raises DataError when it is 0, which no drop is relative to, ModelError when the model's output holds no tensor.
+        """
         if not _structure.leaves(self._original(self.task.examples[0])):
             raise ModelError("the model's output must hold a tensor", got="none", way_out="return a tensor, or a dict of them")
         found = self._judge(self._original)

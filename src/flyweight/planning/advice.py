@@ -9,23 +9,18 @@ from flyweight.planning import choose
 from flyweight.records import JSON, Goal, LayerChoice, Measured, Plan, Site, Step
 from flyweight.transforms import ORDER
 
-_LABELS = {"latency": "time", "size": "file", "memory": "memory"}
 
-
-def verdict(best: Measured | None, found: Sequence[Measured], goal: Goal, original: Measured) -> str:
-    """The answer in one sentence."""
-    if best is not None:
+def verdict(best: Measured, goal: Goal, original: Measured, *, met: bool) -> str:
+    """The answer in one sentence; best: the chosen candidate, or the nearest when the goal is not met."""
+    if met:
         return f"{best.name} on {best.runtime} is {_gain(best, goal, original)}, at a drop of {_drop(best)}."
-    near = choose.nearest(found, goal, original)
-    if near is original:
+    if best == original or not choose.improves(best, goal, original):
         what = {"latency": "faster", "size": "smaller", "memory": "lighter"}[goal.minimize]
-        return f"Nothing that was tried is {what} than the original here."
-    if near.verdict == "met":
-        return f"Nothing was surely better than the original; the nearest is {near.name} on {near.runtime}."
-    why = "cannot be told from more than" if near.verdict == "unresolved" else "is more than"
+        return f"Nothing that was tried is surely {what} than the original here."
+    why = "cannot be told from more than" if best.verdict == "unresolved" else "is more than"
     return (
-        f"Nothing met the bound; the nearest, {near.name} on {near.runtime}, is {_gain(near, goal, original)}, "
-        f"but its drop of {_drop(near)} {why} {goal.max_drop:.2%}."
+        f"Nothing met the bound; the nearest, {best.name} on {best.runtime}, is {_gain(best, goal, original)}, "
+        f"but its drop of {_drop(best)} {why} {goal.max_drop:.2%}."
     )
 
 
@@ -87,13 +82,17 @@ def _reason(
 
 
 def _gain(candidate: Measured, goal: Goal, original: Measured) -> str:
-    times = choose.gain_of(candidate, goal, original)
-    size = original.bytes / candidate.bytes
+    times, size = choose.gain_of(candidate, goal, original), original.bytes / candidate.bytes
     if goal.minimize == "latency":
-        return f"{times:.2f} x faster than the original and {size:.1f} x smaller"
-    if goal.minimize == "size":
-        return f"{times:.2f} x smaller than the original and {candidate.speedup:.2f} x as fast"
-    return f"{times:.2f} x lighter in memory than the original and {candidate.speedup:.2f} x as fast"
+        return f"{times:.2f} x faster than the original and {_size(size)}"
+    what = "smaller" if goal.minimize == "size" else "lighter in memory"
+    return f"{times:.2f} x {what} than the original and {candidate.speedup:.2f} x as fast"
+
+
+def _size(times: float) -> str:
+    if 0.95 < times < 1.05:
+        return "as large"
+    return f"{times:.1f} x smaller" if times > 1 else f"{1 / times:.1f} x larger"
 
 
 def _drop(candidate: Measured) -> str:

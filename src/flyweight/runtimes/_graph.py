@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,15 @@ import torch
 from torch import nn
 
 from flyweight.analysis.sites import analyse
+from flyweight.errors import ModelError
 from flyweight.records import Batch
 from flyweight.runtimes import _structure
 from flyweight.runtimes._files import GRAPH, WEIGHTS, Predictor, match, write_weights
 from flyweight.transforms import QuantizedLayer
 
 Run = Callable[[dict[str, np.ndarray[Any, Any]]], Sequence[np.ndarray[Any, Any]]]
+Load = Callable[[Path, Mapping[str, str]], Run]
+"""A runtime's function from the folder of a graph and session settings to what runs it."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,12 @@ class Graph:
     integer: bool
     """Whether activations are rounded at fixed ranges, so that the runtime's integer rewrites are wanted."""
 
-    def predictor(self, runtime: str, run: Run, session: dict[str, str] | None = None) -> Predictor:
-        """A Predictor around a runtime's function from named arrays to arrays."""
+    def predictor(self, runtime: str, load: Load, session: dict[str, str] | None = None) -> Predictor:
+        """A Predictor around a runtime's function `load`; raises ModelError when it does not take the graph."""
+        try:
+            run = load(self.folder, session or {})
+        except Exception as error:  # a runtime refuses a graph with errors of its own
+            raise ModelError(f"{runtime} must be able to load the graph", got=_reason(error)) from error
 
         def call(batch: Batch) -> Any:
             values = match(batch, [n for n, _, _ in self.inputs], [s for _, _, s in self.inputs])
@@ -52,6 +59,7 @@ class Graph:
 
 def write_graph(model: nn.Module, examples: Sequence[Batch], where: Path) -> Graph:
     """Write GRAPH and WEIGHTS of a model in eval mode; raises ModelError when it cannot be exported."""
+    _check_dtypes(model, examples[0])
     from onnx import TensorProto
 
     from flyweight.runtimes._export import names, skeleton, tensors
@@ -72,6 +80,30 @@ def write_graph(model: nn.Module, examples: Sequence[Batch], where: Path) -> Gra
     dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in zip(names(examples[0]), tensors(examples[0]), strict=True)}
     inputs = tuple((name, dtypes[name], shape) for name, shape in zip(outline.inputs, outline.shapes, strict=True))
     return Graph(where, inputs, outline.template, low.layouts, integer=bool(low.grids))
+
+
+def _check_dtypes(model: nn.Module, batch: Batch) -> None:
+    """Graphs compute in float32: the runtimes' processors lack kernels for most half-precision operations."""
+    from flyweight.runtimes._export import names, tensors
+
+    half = [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point()]
+    half += [(name, m.dtype) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
+    half += [(name, t.dtype) for name, t in zip(names(batch), tensors(batch), strict=True) if t.is_floating_point()]
+    for name, dtype in half:
+        if dtype != torch.float32:
+            raise ModelError(
+                "a model must be in float32 to run here",
+                got=str(dtype).removeprefix("torch."),
+                where=name,
+                way_out="give model.float() and examples in float32; integer weights are as small either way",
+            )
+
+
+def _reason(error: Exception) -> str:
+    """The line of a runtime's message that says what it lacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "FrontEnd API"))]
+    return f"{type(error).__name__}: {' '.join(telling)[:300]}"
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -270,15 +270,19 @@ def _bounds(low: Lowered, node: Any) -> tuple[float, float]:
 
 
 def _round_activations(low: Lowered) -> None:
-    """Put QuantizeLinear and DequantizeLinear behind every tensor that has a grid; all its users read the rounded one."""
+    """Put QuantizeLinear and DequantizeLinear behind every tensor that has a grid.
+
+    All its users read the rounded one, so that runtimes keep integers between layers; only the model's outputs do not.
+    """
     renamed, nodes = {}, []
     produced = {name for node in low.nodes for name in node.output}
     outside = [name for name in low.grids if name not in produced]
     for name in outside:
         nodes += _rounding(low, name)
         renamed[name] = f"{name}.rounded"
+    results = {value.name for value in low.graph.graph.output}
     for node in low.nodes:
-        for index, name in enumerate(node.input):
+        for index, name in enumerate(() if node.op_type == "Identity" and node.output[0] in results else node.input):
             node.input[index] = renamed.get(name, name)
         nodes.append(node)
         for name in node.output:

@@ -40,7 +40,7 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
     """
     graph = write_graph(model, examples, where)
     session = {} if graph.integer else dict(_DECODE_AT_LOAD)
-    return graph.predictor("onnxruntime", open_file(where, session), session)
+    return graph.predictor("onnxruntime", open_file, session)
 
 
 def open_file(folder: Path, session: Mapping[str, str]) -> Run:

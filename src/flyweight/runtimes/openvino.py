@@ -36,7 +36,7 @@ def refuse(methods: frozenset[str]) -> str | None:
 
 def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
     """Write the model's files to the folder `where` and load them; ModelError when it cannot be exported."""
-    return write_graph(model, examples, where).predictor("openvino", open_file(where, {}))
+    return write_graph(model, examples, where).predictor("openvino", open_file)
 
 
 def open_file(folder: Path, session: Mapping[str, str]) -> Run:

@@ -61,7 +61,7 @@ class Hunt:
     @property
     def best(self) -> Measured | None:
         """The best so far."""
-        return choose.best(self._measured(), self.goal, self.original)
+        return choose.best(self.measured(), self.goal, self.original)
 
     def _may_go_on(self) -> bool:
         return self.tools.time_used() < 1
@@ -77,7 +77,8 @@ class Hunt:
                 known.add(candidate.family.name)
                 tried += 1
 
-    def _measured(self) -> list[Measured]:
+    def measured(self) -> list[Measured]:
+        """All that was measured."""
         return [trial.measured for trial in self.trials.values() if trial.measured is not None]
 
     def _gain(self, candidate: Candidate) -> float:

@@ -44,7 +44,10 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
 def replace(model: nn.Module, site: Site, options: Options, context: Context) -> Mapping[str, nn.Module]:
     """The convolution with the norm folded in, and an identity in the norm's place; the model is not changed."""
     conv = copy.deepcopy(model.get_submodule(site.name))
-    norm = cast(nn.BatchNorm2d, model.get_submodule(options.norm))
+    norm = cast(nn.BatchNorm2d, dict(model.named_modules()).get(options.norm))
+    fits = isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_mean is not None
+    rule = f"a batch norm with running statistics of {len(cast(nn.Parameter, conv.weight))} channels"
+    require(fits and norm.num_features == len(cast(nn.Parameter, conv.weight)), "norm", rule, options.norm)
     mean, variance = cast(torch.Tensor, norm.running_mean), cast(torch.Tensor, norm.running_var)
     weight, bias = cast(nn.Parameter, conv.weight), cast("nn.Parameter | None", conv.bias)
     folded = fuse_conv_bn_weights(weight, bias, mean, variance, norm.eps, norm.weight, norm.bias)
