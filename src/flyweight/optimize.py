@@ -60,9 +60,9 @@ def optimize(
             original = run.baseline()
             hunt = run.hunt(original, names, recipe)
             run.check_trials(hunt)
-            best = hunt.best
-            result = run.result(hunt, best, missing)
-            result = pack(session, result, folder / "best", told)
+            chosen = hunt.best or choose.nearest(hunt.measured(), goal, original)
+            best = pack(session, chosen, folder / "best", told)
+            result = run.result(hunt, best, met=hunt.best is not None, missing=missing)
             _write(result, folder)
             told.note(f"report in {folder / 'report.html'}")
     return result

@@ -144,15 +144,17 @@ def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Sessi
     folded = transforms.apply(task.model, Plan(folds), plain, transforms.Context())
     analysis = analyse(folded, task.examples, goal.seed)
     progress.done(f"{len(analysis.sites)} layers can be changed, {analysis.macs / 1e6:,.0f} M multiplications a prediction")
-    said = (*notes, *([f"batch norms stay as they are: {traced.reason}"] if traced.reason else []), *analysis.notes, *_untouched(folded, analysis))
+    said = (*notes, *([f"batch norms stay as they are: {traced.reason}"] if traced.reason else []), *analysis.notes, *_remarks(folded, analysis))
     bench = Bench(task, goal, analysis.sites, transforms.Context(analysis.statistics), folder)
     return Session(task, analysis, folds, bench, said, model_digest, _examples_digest(task))
 
 
-def _untouched(model: nn.Module, analysis: Analysis) -> list[str]:
-    """Notes on layers that no method takes."""
+def _remarks(model: nn.Module, analysis: Analysis) -> list[str]:
+    """Notes on layers that are not treated as the others are."""
     quantized = sum(isinstance(module, transforms.QuantizedLayer) for module in model.modules())
     found = [f"{quantized} layers are quantized already and stay as they are"] if quantized else []
+    for name, seen in analysis.statistics.items():
+        found += [f"{name} runs {seen.calls} times in one pass; it is changed as one layer"] if seen.calls > 1 else []
     if not analysis.sites:
         kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
         rule = "no layer can be changed: linear layers, convolutions and embeddings can be"

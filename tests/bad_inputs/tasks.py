@@ -268,6 +268,13 @@ def other_shape() -> Task:
     return _task(model=model)
 
 
+def non_ascii() -> Task:
+    """Names of layers that not every terminal can show."""
+    model = nn.Sequential()
+    model.add_module("größe", nn.Linear(SIZE, CLASSES))
+    return _task(model=model, name="Prüfung ✓")
+
+
 def no_task() -> str:
     """A word in place of a task."""
     return "a task"
@@ -331,10 +338,11 @@ class _Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Linear(SIZE, CLASSES), nn.Linear(SIZE, CLASSES)
+        self.norm = nn.BatchNorm1d(SIZE)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        first: torch.Tensor = self.one(x) if x.sum() > 0 else self.two(x)
-        return first
+        found: torch.Tensor = self.one(self.norm(x)) if x.sum() > 0 else self.two(x)
+        return found
 
 
 class _Named(nn.Module):

@@ -1,7 +1,7 @@
 """What can be done to a model: one file, one method. `apply` is the verb for all of them.
 
 A method file holds `Options`, `levels(site)`, `refuse(site, options, module)` and `replace(model, site, options, context)`,
-which returns new modules by path. Copying, ordering, checking and refusing are done here, once for all methods.
+which returns new modules by path; `closeness(options)` says how far outputs may move, 0 when it is left out. Copying, ordering, checking and refusing are done here, once for all methods.
 """
 
 from __future__ import annotations

@@ -46,6 +46,11 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     return "embeddings have no input range; use weight_only" if site.kind == "embedding" else None
 
 
+def closeness(options: Options) -> float:
+    """Relative change of a model's output, all its sites rounded, that still counts as right in conformance checks."""
+    return 0.15
+
+
 def replace(model: nn.Module, site: Site, options: Options, context: Context) -> Mapping[str, nn.Module]:
     """The quantized layer at its path; the model is not changed.
 

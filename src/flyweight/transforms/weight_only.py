@@ -55,6 +55,11 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     return None
 
 
+def closeness(options: Options) -> float:
+    """Relative change of a model's output, all its sites rounded, that still counts as right in conformance checks."""
+    return 0.3 if options.bits == 4 else 0.05
+
+
 def replace(model: nn.Module, site: Site, options: Options, context: Context) -> Mapping[str, nn.Module]:
     """The quantized layer at its path; the model is not changed."""
     on = grid(options.bits, options.group, options.symmetric)
