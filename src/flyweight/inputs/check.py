@@ -42,7 +42,7 @@ def check(task: Task) -> tuple[Task, tuple[str, ...]]:
         raise ModelError(
             "the model must be copyable", got=first_line(error), way_out="keep files, locks and handles outside it"
         ) from error
-    _runs(model, examples)
+    run_example(model, examples, 0)
     return dataclasses.replace(task, model=model, examples=examples), tuple(notes)
 
 
@@ -106,22 +106,18 @@ def _finite(name: str, tensor: torch.Tensor, mask: bool) -> list[str]:
     )
 
 
-def _runs(model: nn.Module, examples: Sequence[Batch]) -> None:
-    """Run the model once on each shape of example."""
-    seen: set[str] = set()
-    for index, batch in enumerate(examples):
-        if shape(batch) in seen:
-            continue
-        seen.add(shape(batch))
-        try:
-            run(model, batch)
-        except Exception as error:  # the user's forward may raise anything
-            raise DataError(
-                "the model must accept every example",
-                got=first_line(error),
-                where=f"examples[{index}], {shape(batch)}",
-                way_out=_cast(model, batch) or "a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)",
-            ) from error
+def run_example(model: nn.Module, examples: Sequence[Batch], index: int) -> Any:
+    """The model's output on one example; raises DataError that names the example when the model refuses it."""
+    batch = examples[index]
+    try:
+        return run(model, batch)
+    except Exception as error:  # the user's forward may raise anything
+        raise DataError(
+            "the model must accept every example",
+            got=first_line(error),
+            where=f"examples[{index}], {shape(batch)}",
+            way_out=_cast(model, batch) or "a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)",
+        ) from error
 
 
 def _cast(model: nn.Module, batch: Batch) -> str:

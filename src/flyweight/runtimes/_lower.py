@@ -20,6 +20,7 @@ from torch import nn
 from flyweight.runtimes._constants import constants
 from flyweight.runtimes._export import DOMAIN, Skeleton
 from flyweight.runtimes._layout import ONNX_ONLY, TRANSPOSED
+from flyweight.runtimes._pads import Pads, users
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
 from flyweight.transforms._grid import pack
@@ -53,6 +54,8 @@ class Lowered:
     nodes: list[Any] = field(default_factory=list)
     grids: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Graph tensors that are to be rounded to an unsigned 8-bit grid."""
+    alone: set[str] = field(default_factory=set)
+    """Those of them that only linear layers read rounded; a sum beside them gains nothing from rounding."""
     outputs: list[tuple[str, tuple[float, int]]] = field(default_factory=list)
     """Outputs of integer convolutions with their own grid, in order."""
     dynamic: set[str] = field(default_factory=set)
@@ -83,7 +86,7 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
     proto.ParseFromString(skeleton.graph)
     low = Lowered(proto, unique_state(model))
     _state_constants(low, paths)
-    pads = _Pads(proto)
+    pads = Pads(proto)
     for node in proto.graph.node:
         if node.domain == DOMAIN:
             at = {item.name: helper.get_attribute_value(item) for item in node.attribute}
@@ -96,7 +99,7 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
     return low
 
 
-def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pads: _Pads) -> None:
+def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pads: Pads) -> None:
     kind, owner = at["kind"].decode(), f"{at['path'].decode()}.".lstrip(".")  # the model itself may be the layer
     x, y = node.input[0], node.output[0]
     if kind == "embedding":
@@ -137,7 +140,10 @@ def _product(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> str
     if module.activations == "dynamic":
         return _dynamic_product(low, owner, module, x, y)
     if module.activations == "static":
-        low.grids.setdefault(x, _input_grid(module))
+        if x not in low.grids:
+            low.grids[x] = _input_grid(module)
+            low.alone.add(x)
+        x = f"{x}.rounded"
     return low.node("MatMul", [x, _decoded(low, owner, module)], y)
 
 
@@ -196,34 +202,36 @@ def _convolution(low: Lowered, owner: str, module: nn.Module, ends: tuple[str, s
     if not isinstance(module, QuantizedLayer):
         low.node("Conv", [x, low.stored(f"{owner}weight"), *bias], y, **layout)
         return
-    outputs = module.shape[0]
-    codes = low.stored(f"{owner}codes", shape=module.shape)
+    scales = low.stored(f"{owner}scales", shape=(module.shape[0],))
     name = f"{owner}decoded"
     if name not in low.dynamic:
         low.dynamic.add(name)
-        scales = low.stored(f"{owner}scales", shape=(outputs,))
-        low.node("DequantizeLinear", [codes, scales], name, axis=0)
-        if module.activations == "static" and bias:
-            _integer_bias(low, owner, module)
+        low.node("DequantizeLinear", [low.stored(f"{owner}codes", shape=module.shape), scales], name, axis=0)
     if module.activations == "static":
-        low.grids.setdefault(x, _input_grid(module))
+        step, _ = low.grids.setdefault(x, _input_grid(module))
+        low.alone.discard(x)
         low.outputs.append((y, (float(module.output_scale), int(module.output_zero))))
-        bias = [f"{owner}bias_decoded"] if bias else []
+        # Another layer may have chosen the input's grid. The weights' scales only allow for half of this layer's own.
+        if bias and step > 0.5 * float(module.input_scale):
+            bias = [_integer_bias(low, owner, step, (*bias, scales))]
     low.node("Conv", [x, name, *bias], y, **layout)
 
 
-def _integer_bias(low: Lowered, owner: str, module: QuantizedLayer) -> None:
-    """The bias as 32-bit integers in units of input scale times weight scale, as integer convolutions need it.
+def _integer_bias(low: Lowered, owner: str, step: float, given: tuple[str, str]) -> str:
+    """The bias as 32-bit integers in units of input step times weight scale, as integer convolutions need it.
 
-    The graph computes them from the stored bias; runtimes do so once, when they load it.
+    The graph computes them from the stored bias; runtimes do so once, when they load it. Returns the name of the floats
+    that the integers stand for.
     """
-    name = f"{owner}bias"
-    input_scale = low.small(f"{owner}input_step", torch.tensor(float(module.input_scale)))
-    scales = low.node("Mul", [low.stored(f"{owner}scales", shape=(module.shape[0],)), input_scale], f"{name}.steps")
-    low.node("Div", [low.stored(_bias(owner, module)), scales], f"{name}.quotients")
-    low.node("Round", [f"{name}.quotients"], f"{name}.rounds")
-    low.node("Cast", [f"{name}.rounds"], f"{name}.codes", to=onnx.TensorProto.INT32)
-    low.node("DequantizeLinear", [f"{name}.codes", scales], f"{owner}bias_decoded", axis=0)
+    (bias, scales), name = given, f"{owner}bias.{step!r}"
+    if name not in low.dynamic:
+        low.dynamic.add(name)
+        low.node("Mul", [scales, low.small(f"{name}.step", torch.tensor(step))], f"{name}.steps")
+        low.node("Div", [bias, f"{name}.steps"], f"{name}.quotients")
+        low.node("Round", [f"{name}.quotients"], f"{name}.rounds")
+        low.node("Cast", [f"{name}.rounds"], f"{name}.codes", to=onnx.TensorProto.INT32)
+        low.node("DequantizeLinear", [f"{name}.codes", f"{name}.steps"], name, axis=0)
+    return name
 
 
 def _input_grid(module: QuantizedLayer) -> tuple[float, int]:
@@ -245,17 +253,18 @@ def _transpose4(low: Lowered, key: str, codes: torch.Tensor) -> None:
 
 def _output_grids(low: Lowered) -> None:
     """Where an integer convolution's output meets no integer layer, round it by its own grid, after its activation."""
-    users = _users(low.nodes)
+    readers = users(low.nodes)
     for y, (scale, zero) in low.outputs:
         name, low_end, high_end = y, -zero * scale, (255 - zero) * scale
-        after = users.get(y, [])
+        after = readers.get(y, [])
         if len(after) == 1 and after[0].op_type in ("Relu", "Clip"):
             floor, ceiling = _bounds(low, after[0])
             name = after[0].output[0]
             low_end, high_end = max(low_end, floor), min(high_end, ceiling)
-        if name not in low.grids and users.get(name) and high_end > low_end:
+        if name not in low.grids and readers.get(name) and high_end > low_end:
             step = (high_end - low_end) / 255
             low.grids[name] = (step, min(255, max(0, round(-low_end / step))))
+        low.alone.discard(name)
 
 
 def _bounds(low: Lowered, node: Any) -> tuple[float, float]:
@@ -272,14 +281,15 @@ def _bounds(low: Lowered, node: Any) -> tuple[float, float]:
 def _round_activations(low: Lowered) -> None:
     """Put QuantizeLinear and DequantizeLinear behind every tensor that has a grid.
 
-    All its users read the rounded one, so that runtimes keep integers between layers; only the model's outputs do not.
+    Around convolutions all its users read the rounded one, so that runtimes keep integers between layers; only the
+    model's outputs never do.
     """
-    renamed, nodes = {}, []
+    nodes: list[Any] = []
+    renamed = {name: f"{name}.rounded" for name in low.grids if name not in low.alone}
     produced = {name for node in low.nodes for name in node.output}
     outside = [name for name in low.grids if name not in produced]
     for name in outside:
         nodes += _rounding(low, name)
-        renamed[name] = f"{name}.rounded"
     results = {value.name for value in low.graph.graph.output}
     for node in low.nodes:
         for index, name in enumerate(() if node.op_type == "Identity" and node.output[0] in results else node.input):
@@ -288,7 +298,6 @@ def _round_activations(low: Lowered) -> None:
         for name in node.output:
             if name in low.grids:
                 nodes += _rounding(low, name)
-                renamed[name] = f"{name}.rounded"
     low.nodes = nodes
 
 
@@ -302,14 +311,6 @@ def _rounding(low: Lowered, name: str) -> list[Any]:
         helper.make_node("QuantizeLinear", [name, *grid], [f"{name}.codes8"]),
         helper.make_node("DequantizeLinear", [f"{name}.codes8", *grid], [f"{name}.rounded"]),
     ]
-
-
-def _users(nodes: Sequence[Any]) -> dict[str, list[Any]]:
-    users: dict[str, list[Any]] = {}
-    for node in nodes:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    return users
 
 
 def _state_constants(low: Lowered, sites: Iterable[str]) -> None:
@@ -345,49 +346,3 @@ def _finish(low: Lowered) -> None:
         if proto.opset_import[index].domain == DOMAIN:
             del proto.opset_import[index]
     proto.ir_version = IR_VERSION
-
-
-class _Pads:
-    """Zero padding before a convolution becomes the convolution's own, so that nothing stands between integer layers."""
-
-    def __init__(self, proto: Any) -> None:
-        values = {item.name: item for item in proto.graph.initializer}
-        users = _users(proto.graph.node)
-        taken = {value.name for value in proto.graph.output}
-        self._pads: dict[str, tuple[str, list[int]]] = {}
-        for node in proto.graph.node:
-            only = users.get(node.output[0], [])
-            alone = len(only) == 1 and only[0].domain == DOMAIN and node.output[0] not in taken
-            if node.op_type == "Pad" and alone and _zero_pad(node, values):
-                amounts = onnx.numpy_helper.to_array(values[node.input[1]]).tolist()
-                if only[0].attribute and _is_conv(only[0]) and not any(amounts[: 2]) and min(amounts) >= 0:
-                    self._pads[node.output[0]] = (node.input[0], amounts)
-
-    def merged(self, node: Any) -> bool:
-        """Whether a node is padding that a convolution takes over."""
-        return bool(node.output) and node.output[0] in self._pads
-
-    def source(self, x: str, at: Any) -> str:
-        """The unpadded input of a convolution whose attributes `at` take over the padding, or its input as it is."""
-        if x not in self._pads:
-            return x
-        source, amounts = self._pads[x]
-        rank = len(at["strides"])
-        total = len(amounts) // 2
-        extra = amounts[total - rank : total] + amounts[2 * total - rank :]
-        at["pads"] = [own + more for own, more in zip(at["pads"], extra, strict=True)]
-        return source
-
-
-def _is_conv(node: Any) -> bool:
-    return any(item.name == "kind" and item.s == b"conv" for item in node.attribute)
-
-
-def _zero_pad(node: Any, values: Mapping[str, Any]) -> bool:
-    mode = next((item.s for item in node.attribute if item.name == "mode"), b"constant")
-    if mode != b"constant" or len(node.input) > 3 and node.input[3] or node.input[1] not in values:
-        return False
-    if len(node.input) > 2 and node.input[2]:
-        fill = values.get(node.input[2])
-        return fill is not None and not onnx.numpy_helper.to_array(fill).any()
-    return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ class Case:
         """The plan in a few words."""
         kinds = dict.fromkeys(f"{step.method} {json.dumps(dict(step.options))}" for step in self.plan.steps)
         return ", ".join(kinds) or "as it is"
+
+    @functools.cached_property
+    def changed(self) -> nn.Module:
+        """The plan applied, once for all checks; they must not change it."""
+        return self.apply()
 
     def apply(self, model: nn.Module | None = None, context: Context | None = None) -> nn.Module:
         """The plan applied to the model, or to another, with what was seen of this one, or another context."""

@@ -74,7 +74,7 @@ def plans(runtime: str, entry: Zoo) -> Iterator[Case | str]:
 def prepared(runtime: str, case: Case) -> Iterator[Running]:
     """The case, prepared in a folder of its own; raises ModelError when the runtime does not take it."""
     with tempfile.TemporaryDirectory(prefix="flyweight-") as folder:
-        twin = case.apply()
+        twin = case.changed
         yield Running(case, twin, discover.method("runtimes", runtime).prepare(twin, case.examples, Path(folder)))
 
 

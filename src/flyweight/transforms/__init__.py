@@ -32,8 +32,7 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
     Raises UsageError for an unknown method, site or option, two steps of one stage at one site, or a refused step.
     """
     known = {site.name: site for site in sites}
-    model = substitute(model, {})
-    for stage in _stages(plan):
+    for stage in _stages(plan) or [[]]:  # no step at all still gives a copy
         changes: dict[str, nn.Module] = {}
         for index, step in stage:
             changes.update(_replacements(model, step, f"steps[{index}]", known, context))
@@ -76,7 +75,10 @@ def _replacements(
     reason = method.refuse(site, options, model.get_submodule(site.name))
     if reason:
         raise UsageError(f"{step.method} does not fit {site.name}: {reason}", where=where)
-    changes: Mapping[str, nn.Module] = method.replace(model, site, options, context)
+    try:
+        changes: Mapping[str, nn.Module] = method.replace(model, site, options, context)
+    except UsageError as error:  # what only the whole model tells
+        raise UsageError(f"{step.method} does not fit {site.name}: {error.rule}", got=error.got, where=where) from None
     return changes
 
 

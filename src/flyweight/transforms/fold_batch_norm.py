@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
 from flyweight.transforms._options import require
+from flyweight.transforms._quantized import QuantizedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ def levels(site: Site) -> Sequence[Options]:
 
 def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None."""
+    if isinstance(module, QuantizedLayer):
+        return "it is quantized already"
     return None if site.kind == "conv" else "only convolutions take in a batch norm"
 
 
