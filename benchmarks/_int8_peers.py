@@ -64,13 +64,19 @@ def openvino_nncf(model: nn.Module, examples: Sequence[Any], folder: Path) -> Pe
     kind = nncf.ModelType.TRANSFORMER if _has_attention(model) else None
     quantized = nncf.quantize(found, data, model_type=kind, subset_size=len(examples))
     openvino.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
-    settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": cores(), "INFERENCE_PRECISION_HINT": "f32"}
+    settings = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": cores(),
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
     compiled = openvino.Core().compile_model(folder / "nncf.xml", "CPU", settings)
     request, template = compiled.create_infer_request(), run(model, examples[0])
 
     def call(batch: Any) -> Any:
         got = request.infer(_arrays(batch))
-        return _structure.rebuild(template, (torch.from_numpy(np.array(got[port])) for port in compiled.outputs))
+        return _structure.rebuild(
+            template, (torch.from_numpy(np.array(got[port])) for port in compiled.outputs)
+        )
 
     return Peer(call, sum((folder / f"nncf.{end}").stat().st_size for end in ("xml", "bin")))
 

@@ -52,7 +52,9 @@ class Row:
         return self.ratio >= self.aim if self.better == "higher" else self.ratio <= self.aim
 
 
-def write(name: str, rows: list[Row], start: float, *, quick: bool, extra: dict[str, Any] | None = None) -> Path:
+def write(
+    name: str, rows: list[Row], start: float, *, quick: bool, extra: dict[str, Any] | None = None
+) -> Path:
     """Write NAME.json and NAME.svg; quick runs go to a folder of their own. start: time.time() at the beginning."""
     from flyweight.analysis.machine import machine
     from flyweight.session import versions
@@ -78,15 +80,25 @@ def write(name: str, rows: list[Row], start: float, *, quick: bool, extra: dict[
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    lines = [f"{'case':<18}{'metric':<34}{'ours':>9}{'best peer or reference':>30}{'ratio':>8}{'aim':>7}  met"]
+    lines = [
+        f"{'case':<18}{'metric':<34}{'ours':>9}{'best peer or reference':>30}{'ratio':>8}{'aim':>7}  met"
+    ]
     for row in rows:
         known = {n: v for n, v in row.peers.items() if v is not None}
         pick = max if row.better == "higher" else min
         best = pick(known, key=lambda n: known[n]) if known else ""
-        against = f"{row.reference:.4g}" if row.reference is not None else f"{best} {known[best]:.3f}" if best else "-"
+        against = (
+            f"{row.reference:.4g}"
+            if row.reference is not None
+            else f"{best} {known[best]:.3f}"
+            if best
+            else "-"
+        )
         ratio, aim = (f"{v:.2f}" if v is not None else "-" for v in (row.ratio, row.aim))
         met = {True: "yes", False: "NO", None: "-"}[row.met]
-        lines.append(f"{row.case:<18}{row.metric[:33]:<34}{row.ours:>9.3f}{against:>30}{ratio:>8}{aim:>7}  {met}")
+        lines.append(
+            f"{row.case:<18}{row.metric[:33]:<34}{row.ours:>9.3f}{against:>30}{ratio:>8}{aim:>7}  {met}"
+        )
     return "\n".join(lines)
 
 
@@ -94,14 +106,16 @@ def bars(rows: list[Row]) -> str:
     """An SVG with a group of bars for each row that has peers."""
     parts, y = [], 10
     for row in (r for r in rows if r.peers):
-        values = {"flyweight": row.ours, **{n: v for n, v in row.peers.items()}}
+        values: dict[str, float | None] = {"flyweight": row.ours, **row.peers}
         top = max(v for v in values.values() if v is not None)
         title = html.escape(f"{row.case}: {row.metric} ({row.unit}, {row.better} is better)")
         parts.append(f'<text x="10" y="{y + 12}" font-weight="600">{title}</text>')
         y += 20
         for name, value in values.items():
             width = 0 if value is None else 330 * value / top
-            label = row.notes.get(name, "failed") if value is None else f"{value:.2f} {row.notes.get(name, '')}"
+            label = (
+                row.notes.get(name, "failed") if value is None else f"{value:.2f} {row.notes.get(name, '')}"
+            )
             colour = "#1f6feb" if name == "flyweight" else "#8b949e"
             parts.append(f'<text x="180" y="{y + 12}" text-anchor="end">{html.escape(name)}</text>')
             parts.append(f'<rect x="190" y="{y + 1}" width="{width:.1f}" height="13" fill="{colour}"/>')
@@ -110,7 +124,7 @@ def bars(rows: list[Row]) -> str:
         y += 14
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {y}" width="760" height="{y}"'
     style = "<style>text{font:12px system-ui,sans-serif;fill:#57606a}</style>"
-    return f"{head} role=\"img\">{style}{''.join(parts)}</svg>\n"
+    return f'{head} role="img">{style}{"".join(parts)}</svg>\n'
 
 
 def _json(row: Row) -> dict[str, Any]:
@@ -118,7 +132,9 @@ def _json(row: Row) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     return done.stdout.strip()
 
 

@@ -40,7 +40,9 @@ BOUND, FILE_AIM, OVERHEAD_AIM = 0.01, 0.27, 0.10
 
 def main() -> None:
     """Measure all cases, or one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="less time for the search; writes elsewhere")
     parser.add_argument("--case", choices=sorted(CASES), help="this case alone")
     parser.add_argument("--device", default="cpu", choices=["cpu"])
@@ -63,7 +65,11 @@ def measure(case: str, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
     folder = Path(tempfile.mkdtemp(prefix="flyweight-benchmark-"))
     try:
         result = optimize(
-            task, Goal(max_drop=BOUND, within=120 if quick else 600), out=folder / "ours", force=True, progress=True
+            task,
+            Goal(max_drop=BOUND, within=120 if quick else 600),
+            out=folder / "ours",
+            force=True,
+            progress=True,
         )
         original = judge(task.score, caller(task.model), 0)
         models: dict[str, Any] = {}
@@ -82,7 +88,11 @@ def measure(case: str, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
         races = _race_all(task, {"flyweight": ours, **models}, 4.0 if quick else 10.0)
         for name, race in races.items():
             details.setdefault(name, {}).update(speedup=race.speedup, interval=_pair(race.speedup_interval))
-        details["flyweight"] |= {"drop": result.best.drop, "bytes": result.best.bytes, "verdict": result.verdict}
+        details["flyweight"] |= {
+            "drop": result.best.drop,
+            "bytes": result.best.bytes,
+            "verdict": result.verdict,
+        }
         details["flyweight"] |= {"evaluations": result.evaluations, "seconds": result.seconds}
         return _rows(case, result, races, details), details
     finally:
@@ -98,7 +108,9 @@ def _ours(result: Result, best: Path, task: Any) -> Any:
 def _race_all(task: Any, models: dict[str, Any], seconds: float) -> dict[str, timing.Race]:
     batch = task.examples[0]
     first = functools.partial(caller(task.model), batch)
-    return {name: timing.race(first, functools.partial(model, batch), seconds) for name, model in models.items()}
+    return {
+        name: timing.race(first, functools.partial(model, batch), seconds) for name, model in models.items()
+    }
 
 
 def _rows(case: str, result: Result, races: dict[str, timing.Race], details: dict[str, Any]) -> list[Row]:
@@ -119,9 +131,33 @@ def _rows(case: str, result: Result, races: dict[str, timing.Race], details: dic
     return [
         Row(case=case, metric="speed-up, eager PyTorch = 1", **speed, aim=CASES[case], reference=1.0),
         Row(case=case, metric="speed-up at <= 1 % drop", **speed, peers=fast, aim=1.0, notes=notes),
-        Row(case=case, metric="file / fp32 file", unit="ratio", better="lower", ours=size, aim=FILE_AIM, reference=1.0),
-        Row(case=case, metric="overhead of the search", unit="share", better="lower", ours=overhead, aim=OVERHEAD_AIM, reference=1.0),
-        Row(case=case, metric="contract met (1 = yes)", unit="", better="higher", ours=float(result.status == "met"), aim=1.0, reference=1.0),
+        Row(
+            case=case,
+            metric="file / fp32 file",
+            unit="ratio",
+            better="lower",
+            ours=size,
+            aim=FILE_AIM,
+            reference=1.0,
+        ),
+        Row(
+            case=case,
+            metric="overhead of the search",
+            unit="share",
+            better="lower",
+            ours=overhead,
+            aim=OVERHEAD_AIM,
+            reference=1.0,
+        ),
+        Row(
+            case=case,
+            metric="contract met (1 = yes)",
+            unit="",
+            better="higher",
+            ours=float(result.status == "met"),
+            aim=1.0,
+            reference=1.0,
+        ),
     ]
 
 

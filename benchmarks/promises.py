@@ -32,7 +32,12 @@ def main() -> None:
         if len(kept) > MOST:
             lines.append(f"| | and {len(kept) - MOST} more figures of this kind | |")
     table = "\n".join(lines) + "\n"
-    text = re.sub(r"(<!-- figures -->\n).*?(<!-- /figures -->)", lambda m: m[1] + table + m[2], PAGE.read_text(), flags=re.DOTALL)
+    text = re.sub(
+        r"(<!-- figures -->\n).*?(<!-- /figures -->)",
+        lambda m: m[1] + table + m[2],
+        PAGE.read_text(),
+        flags=re.DOTALL,
+    )
     PAGE.write_text(text)
 
 

@@ -38,7 +38,12 @@ def main() -> int:
         old = path.read_text()
         new = old
         for key, text in blocks.items():
-            new = re.sub(rf"(<!-- {key} -->\n).*?(<!-- /{key} -->)", lambda m, t=text: m[1] + t + m[2], new, flags=re.DOTALL)
+            new = re.sub(
+                rf"(<!-- {key} -->\n).*?(<!-- /{key} -->)",
+                lambda m, t=text: m[1] + t + m[2],
+                new,
+                flags=re.DOTALL,
+            )
         if new != old:
             stale.append(name)
             if "--check" not in sys.argv:
@@ -49,7 +54,10 @@ def main() -> int:
 
 def contract(document: dict[str, Any]) -> str:
     """The README's table: what came out of the three examples."""
-    lines = ["| model | verdict | faster than eager PyTorch | file | drop | aim | fastest peer within 1 % |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model | verdict | faster than eager PyTorch | file | drop | aim | fastest peer within 1 % |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for case in document["details"]:
         ours = document["details"][case]["flyweight"]
         rows = {row["metric"]: row for row in document["rows"] if row["case"] == case}
@@ -71,7 +79,12 @@ def peers(document: dict[str, Any]) -> str:
     """Every peer's speed, drop and size, case by case."""
     parts = []
     for case, found in document["details"].items():
-        lines = [f"**{_LABELS[case]}**", "", "| what | speed-up (95 %) | drop ± | file, MB |", "|---|---|---|---|"]
+        lines = [
+            f"**{_LABELS[case]}**",
+            "",
+            "| what | speed-up (95 %) | drop ± | file, MB |",
+            "|---|---|---|---|",
+        ]
         for name, seen in found.items():
             label = "**flyweight**" if name == "flyweight" else _PEERS[name]
             if "failed" in seen:
@@ -79,7 +92,9 @@ def peers(document: dict[str, Any]) -> str:
                 continue
             low, high = seen["interval"]
             half = f" ± {seen['half']:.2%}" if "half" in seen else ""
-            lines.append(f"| {label} | {seen['speedup']:.2f} × ({low:.2f} to {high:.2f}) | {seen['drop']:.2%}{half} | {seen['bytes'] / 1e6:.2f} |")
+            lines.append(
+                f"| {label} | {seen['speedup']:.2f} × ({low:.2f} to {high:.2f}) | {seen['drop']:.2%}{half} | {seen['bytes'] / 1e6:.2f} |"
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n\n" + _where(document)
 

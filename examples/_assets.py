@@ -52,7 +52,17 @@ def cache() -> Path:
 
 def wheel(requirement: str) -> Path:
     """The unpacked wheel of a requirement such as "foolbox==3.3.4"; raises MachineError when it cannot be had."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", requirement]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        requirement,
+    ]
     return _archive(requirement, pip, _WHEELS[requirement])
 
 
@@ -80,13 +90,17 @@ def read_idx(folder: Path, name: str) -> torch.Tensor:
         shape = struct.unpack_from(f">{axes}I", data, 4)
         if len(data) == 4 + 4 * axes + math.prod(shape):
             return torch.frombuffer(bytearray(data[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)
-    raise MachineError("an idx file must hold as many bytes as its header says", got=f"{len(data)} bytes", where=name)
+    raise MachineError(
+        "an idx file must hold as many bytes as its header says", got=f"{len(data)} bytes", where=name
+    )
 
 
 def import_from(folder: Path, name: str) -> ModuleType:
     """Import a package that lies in a folder without putting that folder on the path."""
     place = folder / name
-    spec = importlib.util.spec_from_file_location(name, place / "__init__.py", submodule_search_locations=[str(place)])
+    spec = importlib.util.spec_from_file_location(
+        name, place / "__init__.py", submodule_search_locations=[str(place)]
+    )
     if spec is None or spec.loader is None:
         raise MachineError("the package must hold a module", got="none", where=name)
     module = importlib.util.module_from_spec(spec)
@@ -123,7 +137,9 @@ def _place(folder: Path, name: str, archive: Path) -> Path:
 
 def _bounded(total: int, count: int, archive: Path) -> None:
     if total > LARGEST or count > MOST:
-        raise MachineError(f"an archive may hold {LARGEST} bytes in {MOST} files", got="more", where=archive.name)
+        raise MachineError(
+            f"an archive may hold {LARGEST} bytes in {MOST} files", got="more", where=archive.name
+        )
 
 
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
@@ -138,7 +154,9 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
             if content is not None:
                 yield member.name, content
             elif not member.isdir():
-                raise MachineError("an archive must hold plain files only", got=repr(member.name), where=archive.name)
+                raise MachineError(
+                    "an archive must hold plain files only", got=repr(member.name), where=archive.name
+                )
 
 
 def _archive(name: str, command: Sequence[str], digest: str) -> Path:
@@ -164,7 +182,9 @@ def _kept(name: str, fill: Callable[[Path], Path]) -> Path:
                 full.rename(target)
     except OSError as error:
         if not target.is_dir():
-            raise MachineError("FLYWEIGHT_CACHE must be writable", got=str(error), where=str(cache())) from error
+            raise MachineError(
+                "FLYWEIGHT_CACHE must be writable", got=str(error), where=str(cache())
+            ) from error
     return target
 
 
@@ -180,7 +200,9 @@ def _download(name: str, command: Sequence[str], folder: Path) -> Path:
 
 def _run(command: Sequence[str], folder: Path, rule: str) -> None:
     try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=_SECONDS)
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=_SECONDS
+        )
         said = (done.stderr or done.stdout).strip().splitlines() or [f"exit code {done.returncode}"]
         got = said[-1] if done.returncode else ""
     except FileNotFoundError:
@@ -196,7 +218,9 @@ def _check(path: Path, digest: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != digest:
-        raise MachineError(f"the SHA-256 must be {digest}", got=found, where=path.name, way_out="do not use this file")
+        raise MachineError(
+            f"the SHA-256 must be {digest}", got=found, where=path.name, way_out="do not use this file"
+        )
 
 
 def _checked(folder: Path) -> Path:

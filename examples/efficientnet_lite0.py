@@ -1,13 +1,14 @@
 """EfficientNet-lite0 on a gateway's camera: make it faster or smaller, and let it name the same things.
 
-There are 20 labelled ImageNet photos to be had offline. Views (crops, sizes, mirror images) of every fourth photo calibrate;
-random views of the other 15 judge. A view's score is 1 / rank of the photo's label among the 1,000 classes.
+There are 20 labelled ImageNet photos to be had offline. Views (crops, sizes, mirror images) of every fourth photo
+calibrate; random views of the other 15 judge. A view scores 1 / rank of its photo's label among the 1,000 classes.
 
-What is one sample? Views of one photo hang together, so single views are not independent, and 15 photos give an
-interval of +-1 to +-8 % that decides nothing. The question is therefore put about *these* photos: how well does the model name them
-as they are framed anew? A sample is one round, a fresh random view of each of the 15 photos, and its value the mean over the
-round. Rounds are independent and alike, so the interval is truthful: 72 rounds tell int8's drop to about +-0.5 % (95 %,
-paired). It says nothing about other photos: for that, judge on a validation set of your own in the same way, one sample for each photo.
+What is one sample? Views of one photo hang together, so views are not independent samples; and over 15 photos as
+samples an int8 model's drop is known to +-1 % at best, to +-6 % at worst, which decides nothing. So the question is
+put about *these* photos: how well does the model name them as they are framed anew? A sample is one round, a fresh
+random view of each of the 15, and its value the mean over the round. Rounds are independent and alike, so the
+interval is truthful, and 72 of them know the drop to +-0.5 % (95 %, paired). It says nothing about other photos:
+for those, judge on a validation set of your own, one sample for each photo.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ import torch
 from _assets import import_from, wheel
 from PIL import Image, ImageOps
 
-from flyweight.records import Predict, Task
+from flyweight import Task
+from flyweight.records import Predict
 
 ROUNDS = 72
 SIZE = 224
 
 
 def task() -> Task:
-    """The model, views of five photos and the judge on views of 15; raises MachineError when the packages cannot be had."""
+    """The model, views of five photos, the judge on views of 15; raises MachineError without the packages."""
     photos = labelled_photos()
     judged = [photo for index, photo in enumerate(photos) if index % 4 != 3]
     rest = [photo for index, photo in enumerate(photos) if index % 4 == 3]
@@ -64,7 +66,8 @@ def view(photo: Image.Image, draw: random.Random) -> torch.Tensor:
     width, height = photo.size
     side = min(width, height) * draw.uniform(0.35, 1) ** 0.5
     left, top = draw.uniform(0, width - side), draw.uniform(0, height - side)
-    square = photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
+    box = (left, top, left + side, top + side)
+    square = photo.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(ImageOps.mirror(square) if draw.random() < 0.5 else square))
 
 

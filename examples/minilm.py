@@ -49,7 +49,8 @@ def task() -> Task:
 
     def score(predict: Predict) -> list[float]:
         """One value for each sentence: the mean over its queries of 1 / rank."""
-        return reciprocal_ranks(vectors(predict, asked), vectors(predict, documents)).tolist()  # type: ignore[no-any-return]
+        values: list[float] = reciprocal_ranks(vectors(predict, asked), vectors(predict, documents)).tolist()
+        return values
 
     examples = encode([" ".join(calibration[:20])], 1) + encode(calibration, 8)
     return Task(
@@ -76,4 +77,42 @@ def words(text: str) -> list[str]:
 
 def queries(texts: Sequence[str]) -> list[str]:
     """Five queries for each text in turn: six of its words, drawn at random, in the text's order."""
-    return [query(words(text), random.Random(index)) for index, text in enumerate(texts) for _ in range(QUERIES)]
+    draw = random.Random(0)
+    return [" ".join(some(words(text), draw)) for text in texts for _ in range(QUERIES)]
+
+
+def some(known: Sequence[str], draw: random.Random) -> list[str]:
+    """Six of the words, in their order."""
+    return [known[place] for place in sorted(draw.sample(range(len(known)), WORDS))]
+
+
+def batches(tokens: Sequence[Sequence[int]], size: int) -> Batches:
+    """Batches of texts of like length, each with its texts' places; widths are multiples of 8, so they are few."""
+    order = sorted(range(len(tokens)), key=lambda place: len(tokens[place]))
+    return [padded(tokens, order[start : start + size]) for start in range(0, len(order), size)]
+
+
+def padded(tokens: Sequence[Sequence[int]], places: list[int]) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """One batch: int64 tensors (texts, width)."""
+    lengths = torch.tensor([len(tokens[place]) for place in places])
+    width = -(-int(lengths.max()) // 8) * 8
+    ids = torch.tensor([[*tokens[place], *[0] * (width - len(tokens[place]))] for place in places])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    return places, {"input_ids": ids, "attention_mask": mask, "token_type_ids": torch.zeros_like(ids)}
+
+
+def vectors(predict: Predict, encoded: Batches) -> torch.Tensor:
+    """Unit vectors (texts, 384), in the texts' order: the mean over each text's tokens."""
+    order = torch.tensor([place for places, _ in encoded for place in places])
+    means = []
+    for _, batch in encoded:
+        mask = batch["attention_mask"][..., None]
+        means.append((predict(batch).last_hidden_state * mask).sum(1) / mask.sum(1))
+    return torch.nn.functional.normalize(torch.cat(means)[order.argsort()], dim=1)
+
+
+def reciprocal_ranks(asked: torch.Tensor, searched: torch.Tensor) -> torch.Tensor:
+    """For each searched text the mean of 1 / rank over its queries; a tie counts against it."""
+    similarity = asked @ searched.T
+    own = similarity.gather(1, torch.arange(len(searched)).repeat_interleave(QUERIES)[:, None])
+    return (1 / (similarity >= own).sum(1)).view(-1, QUERIES).mean(1)

@@ -1,4 +1,4 @@
-"""The flow: take in, analyse, propose, transform, run, judge - again, until the goal or the time is reached - pack, report."""
+"""The flow: take in, analyse, propose, transform, run, judge - again, until goal or time is reached - pack, report."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def optimize(
     names, missing = sessions.runtimes(goal.runtime)
     with Progress(progress, goal.within) as told, sessions.begin(task, goal, told) as session:
         if recipe is not None:
-            session.bench.build(session.completed(recipe)[0])  # what does not fit is refused before the work starts
+            session.bench.build(
+                session.completed(recipe)[0]
+            )  # what does not fit is refused before the work starts
         with Study.open(folder / "study.db", sessions.identity(session, goal), resume=resume) as study:
             run = Run(session, goal, study, told, start)
             original = run.baseline()
@@ -94,7 +96,9 @@ class Run:
         self.bench.original = Scores(kept["mean"], samples)
         self.told.done(f"score {kept['mean']:.4g}" + (f" over {len(samples):,} samples" if samples else ""))
         self.told.step("timing")
-        original = Measured.from_json(self.study.remember("original", "measured", lambda: self.bench.baseline().to_json()))
+        original = Measured.from_json(
+            self.study.remember("original", "measured", lambda: self.bench.baseline().to_json())
+        )
         self.told.done(f"{original.latency_ms:.2f} ms, {original.bytes / 1e6:.1f} MB")
         return original
 
@@ -102,14 +106,21 @@ class Run:
         """Search, or measure the recipe on every runtime."""
         model = self.bench.build(Plan(self.session.folds))
         runtimes = [name for name in names if name not in SLOW_RUNTIMES] or list(names)
-        self.notes += [f"{name} was not tried: it compiles for a minute; name it with --runtime" for name in set(names) - set(runtimes)]
+        self.notes += [
+            f"{name} was not tried: it compiles for a minute; name it with --runtime"
+            for name in set(names) - set(runtimes)
+        ]
         if recipe is None:
             found = families(model, self.session.analysis.sites, self.goal)
         else:
             plan, notes = self.session.completed(recipe)
             transforms.check(self.session.task.model, plan, self.session.analysis.sites)
             self.notes += notes
-            found = [Family("recipe", {step.site: step for step in plan.steps if step.method not in transforms.ORDER})]
+            found = [
+                Family(
+                    "recipe", {step.site: step for step in plan.steps if step.method not in transforms.ORDER}
+                )
+            ]
         candidates, reasons = uniform(found, runtimes)
         self.notes += reasons
         hunt = Hunt(self.goal, original, self.session.analysis.sites, self._tools())
@@ -147,7 +158,9 @@ class Run:
             front=choose.front([*found, original], self.goal, original),
             trials=tuple(dataclasses.replace(trial, number=index) for index, trial in enumerate(trials)),
             layers=self._layers(hunt, best),
-            resolution=advice.resolution(best if best.drop else (lossy or [best])[0], samples and len(samples), self.goal),
+            resolution=advice.resolution(
+                best if best.drop else (lossy or [best])[0], len(samples) if samples else None, self.goal
+            ),
             notes=(*self.session.notes, *missing, *self.notes),
             evaluations=self.bench.evaluations,
             seconds=time.monotonic() - self.start,
@@ -170,7 +183,9 @@ class Run:
         plan = self._plan(candidate)
         self.told.step(f"{candidate.name} on {candidate.runtime}")
         key = f"{candidate.runtime} {plan.digest()}"
-        found = self.study.remember("survey", key, lambda: self.bench.survey(candidate.runtime, plan, 2.0).to_json())
+        found = self.study.remember(
+            "survey", key, lambda: self.bench.survey(candidate.runtime, plan, 2.0).to_json()
+        )
         survey = survey_from(found)
         self.told.done(survey.failure or f"{survey.speedup:.2f} x as fast, {survey.bytes / 1e6:.1f} MB")
         return survey
@@ -178,7 +193,9 @@ class Run:
     def _measure(self, candidate: Candidate) -> Trial:
         plan, name, runtime = self._plan(candidate), candidate.name, candidate.runtime
         self.told.step(f"scoring {name} on {runtime}")
-        trial = self.study.trial(name, runtime, plan, lambda number: self.bench.measure(number, name, runtime, plan))
+        trial = self.study.trial(
+            name, runtime, plan, lambda number: self.bench.measure(number, name, runtime, plan)
+        )
         self.told.done(f"{trial.reason}", best=trial.measured is not None and trial.measured.verdict == "met")
         return trial
 
@@ -219,7 +236,9 @@ class Run:
         return kept
 
     def _layers(self, hunt: Hunt, chosen: Measured) -> tuple[Any, ...]:
-        origin = next((c for c, t in hunt.trials.items() if t.measured and t.measured.plan == chosen.plan), None)
+        origin = next(
+            (c for c, t in hunt.trials.items() if t.measured and t.measured.plan == chosen.plan), None
+        )
         steps: Mapping[str, Step] = origin.family.steps if origin else {}
         found = self._damages(origin.family) if origin and steps else {}
         return advice.layers(self.session.analysis.sites, chosen.plan, steps, found)
@@ -242,5 +261,9 @@ def read_result(folder: Path) -> Result:
     """The result that a run left in its folder; raises UsageError when there is none."""
     path = folder / "result.json"
     if not path.is_file():
-        raise UsageError("the folder must hold a run's result.json", got=str(folder), way_out="run flyweight optimize first")
+        raise UsageError(
+            "the folder must hold a run's result.json",
+            got=str(folder),
+            way_out="run flyweight optimize first",
+        )
     return Result.from_json(json.loads(path.read_text()))

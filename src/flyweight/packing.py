@@ -61,13 +61,20 @@ def write(session: Session, runtime: str, plan: Plan, measured: Measured | None,
 def how_to_load(result: Result, folder: Path) -> str:
     """Code that loads and runs the artifact."""
     best = folder / "best"
-    if discover.method("runtimes", result.best.runtime).FILE:
-        return (
-            f'import flyweight\n\npredict = flyweight.load("{best}")  # runs on {result.best.runtime}, without the model\'s class\n'
-            f"output = predict(batch)\n\n"
-            f'model = flyweight.load("{best}", task.model)  # the same as a PyTorch module'
-        )
-    return f'import flyweight\n\nmodel = flyweight.load("{best}", task.model)\noutput = model(batch)'
+    if not discover.method("runtimes", result.best.runtime).FILE:
+        return f'import flyweight\n\nmodel = flyweight.load("{best}", task.model)\noutput = model(batch)'
+    return "\n".join(
+        [
+            "import flyweight",
+            "",
+            f"# on {result.best.runtime}, without the model's class",
+            f'predict = flyweight.load("{best}")',
+            "output = predict(batch)",
+            "",
+            "# the same as a PyTorch module",
+            f'model = flyweight.load("{best}", task.model)',
+        ]
+    )
 
 
 def _figures(measured: Measured) -> dict[str, Any]:
@@ -85,8 +92,12 @@ def _confirmed(session: Session, best: Measured, folder: Path, total: int) -> Me
         predict = caller(load_module(folder, session.task.model))
     found = predict(batch)
     if not deviation(_plain(wanted), _plain(found)) <= SAME:
-        raise ArtifactError("the artifact must give the output that was measured", got="another output", where=str(folder))
-    start = timing.race(functools.partial(caller(session.task.model), batch), functools.partial(predict, batch), 6.0)
+        raise ArtifactError(
+            "the artifact must give the output that was measured", got="another output", where=str(folder)
+        )
+    start = timing.race(
+        functools.partial(caller(session.task.model), batch), functools.partial(predict, batch), 6.0
+    )
     session.bench.forget()
     if best.name == "original":
         return dataclasses.replace(best, bytes=total)

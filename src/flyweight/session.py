@@ -106,7 +106,9 @@ def identity(session: Session, goal: Goal) -> Mapping[str, JSON]:
 def check_output(out: Path, *, resume: bool, force: bool) -> None:
     """Raise UsageError when the folder holds another run's files, MachineError when it cannot be written."""
     if (out.exists() or out.is_symlink()) and not out.is_dir():
-        raise UsageError("the output must be a folder", got=f"the file {out}", where="-o", way_out="name another one")
+        raise UsageError(
+            "the output must be a folder", got=f"the file {out}", where="-o", way_out="name another one"
+        )
     taken = [name for name in ("study.db", "result.json", "best") if (out / name).exists()]
     if taken and not (resume or force):
         raise UsageError(
@@ -126,7 +128,9 @@ def check_output(out: Path, *, resume: bool, force: bool) -> None:
             pass
     except OSError as error:
         got, way_out = error.strerror or "", "give a folder that you may write with -o"
-        raise MachineError("the output folder must be writable", got=got, where=str(out), way_out=way_out) from error
+        raise MachineError(
+            "the output folder must be writable", got=got, where=str(out), way_out=way_out
+        ) from error
 
 
 def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Session:
@@ -136,8 +140,13 @@ def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Sessi
     model_digest = digest(task.model.state_dict())
     threads = fastest_threads(functools.partial(run, task.model, task.examples[0]), cores())
     if threads < cores():
-        notes = (*notes, f"PyTorch runs the original faster with {threads} thread than with {cores()}; it is timed so")
-    progress.done(f"{sum(p.numel() for p in task.model.parameters()):,} parameters, {len(task.examples)} examples")
+        notes = (
+            *notes,
+            f"PyTorch runs the original faster with {threads} thread than with {cores()}; it is timed so",
+        )
+    progress.done(
+        f"{sum(p.numel() for p in task.model.parameters()):,} parameters, {len(task.examples)} examples"
+    )
     progress.step("tracing")
     traced = trace(task.model, task.examples[0])
     folds = tuple(Step("fold_batch_norm", conv, {"norm": norm}) for conv, norm in traced.norms.items())
@@ -146,8 +155,15 @@ def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Sessi
     plain = [transforms.plain_site(task.model, fold.site) for fold in folds]
     folded = transforms.apply(task.model, Plan(folds), plain, transforms.Context())
     analysis = analyse(folded, task.examples, goal.seed)
-    progress.done(f"{len(analysis.sites)} layers can be changed, {analysis.macs / 1e6:,.0f} M multiplications a prediction")
-    said = (*notes, *([f"batch norms stay as they are: {traced.reason}"] if traced.reason else []), *analysis.notes, *_remarks(folded, analysis))
+    progress.done(
+        f"{len(analysis.sites)} layers can be changed, {analysis.macs / 1e6:,.0f} M multiplications a prediction"
+    )
+    said = (
+        *notes,
+        *([f"batch norms stay as they are: {traced.reason}"] if traced.reason else []),
+        *analysis.notes,
+        *_remarks(folded, analysis),
+    )
     bench = Bench(task, goal, analysis.sites, transforms.Context(analysis.statistics), folder)
     return Session(task, analysis, folds, bench, said, model_digest, _examples_digest(task))
 
@@ -157,9 +173,15 @@ def _remarks(model: nn.Module, analysis: Analysis) -> list[str]:
     quantized = sum(isinstance(module, transforms.QuantizedLayer) for module in model.modules())
     found = [f"{quantized} layers are quantized already and stay as they are"] if quantized else []
     for name, seen in analysis.statistics.items():
-        found += [f"{name} runs {seen.calls} times in one pass; it is changed as one layer"] if seen.calls > 1 else []
+        found += (
+            [f"{name} runs {seen.calls} times in one pass; it is changed as one layer"]
+            if seen.calls > 1
+            else []
+        )
     if not analysis.sites:
-        kinds = sorted({type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None})
+        kinds = sorted(
+            {type(m).__name__ for m in model.modules() if next(m.parameters(recurse=False), None) is not None}
+        )
         rule = "no layer can be changed: linear layers, convolutions and embeddings can be"
         found.append(f"{rule}, and this model's parameters are in {', '.join(kinds) or 'none of them'}")
     return found

@@ -74,7 +74,9 @@ def branching() -> Task:
 
 def training() -> Task:
     """Left in training mode, with a dropout."""
-    return _task(model=nn.Sequential(nn.Linear(SIZE, SIZE), nn.Dropout(0.5), nn.Linear(SIZE, CLASSES)).train())
+    return _task(
+        model=nn.Sequential(nn.Linear(SIZE, SIZE), nn.Dropout(0.5), nn.Linear(SIZE, CLASSES)).train()
+    )
 
 
 def meta() -> Task:
@@ -111,7 +113,9 @@ def odd_output() -> Task:
 
 def grouped() -> Task:
     """A convolution with groups, whose inputs divide by nothing."""
-    model = nn.Sequential(nn.Unflatten(1, (4, 8)), nn.Conv1d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(24, CLASSES))
+    model = nn.Sequential(
+        nn.Unflatten(1, (4, 8)), nn.Conv1d(4, 4, 3, groups=4), nn.Flatten(), nn.Linear(24, CLASSES)
+    )
     return _task(model=model)
 
 
@@ -291,7 +295,12 @@ def needs_argument(path: str) -> Task:
 
 
 def _task(**changes: Any) -> Task:
-    given: dict[str, Any] = {"name": "small", "model": _model(), "examples": _data().split(20), "score": _accurate}
+    given: dict[str, Any] = {
+        "name": "small",
+        "model": _model(),
+        "examples": _data().split(20),
+        "score": _accurate,
+    }
     return Task(**{**given, **changes})
 
 

@@ -17,7 +17,18 @@ from flyweight.search.study import Study
 
 TASKS = Path(__file__).with_name("tasks.py")
 PATIENCE = 120.0
-ARGV = ("optimize", f"{TASKS}:slow", "--runtime", "onnxruntime", "--minimize", "size", "--max-drop", "50%", "--within", "5m")
+ARGV = (
+    "optimize",
+    f"{TASKS}:slow",
+    "--runtime",
+    "onnxruntime",
+    "--minimize",
+    "size",
+    "--max-drop",
+    "50%",
+    "--within",
+    "5m",
+)
 
 
 def start(*argv: str, env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
@@ -33,7 +44,9 @@ def calls(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def interrupted(folder: Path, after: int, number: signal.Signals, *more: str) -> subprocess.CompletedProcess[str]:
+def interrupted(
+    folder: Path, after: int, number: signal.Signals, *more: str
+) -> subprocess.CompletedProcess[str]:
     """A run that gets a signal in the middle of the call of its score that follows `after` others."""
     noted = folder / "calls"
     process = start(*ARGV, "-o", str(folder / "out"), *more, env={CALLS: str(noted)})
@@ -46,7 +59,9 @@ def interrupted(folder: Path, after: int, number: signal.Signals, *more: str) ->
 
 
 @pytest.mark.heavy
-def test_a_run_survives_ctrl_c_a_termination_and_a_kill(tmp_path: Path, figure: Callable[[int, str], None]) -> None:
+def test_a_run_survives_ctrl_c_a_termination_and_a_kill(
+    tmp_path: Path, figure: Callable[[int, str], None]
+) -> None:
     """Each signal comes in the middle of a score; what was finished is never scored again."""
     first = interrupted(tmp_path, 1, signal.SIGINT)
     assert first.returncode == 130, first.stderr
@@ -62,8 +77,13 @@ def test_a_run_survives_ctrl_c_a_termination_and_a_kill(tmp_path: Path, figure: 
     assert last.returncode == 0, err
     scored = sum(trial.measured is not None for trial in Study.read(tmp_path / "out" / "study.db").trials())
     assert scored >= 2
-    assert calls(tmp_path / "calls") == 1 + scored + 3  # the original, each trial, and the call that each signal cut off
-    figure(8, "runs that went on after Ctrl-C, SIGTERM and SIGKILL in the middle of a score: 3 of 3; repeated scores 0")
+    assert (
+        calls(tmp_path / "calls") == 1 + scored + 3
+    )  # the original, each trial, and the call that each signal cut off
+    figure(
+        8,
+        "runs that went on after Ctrl-C, SIGTERM and SIGKILL in the middle of a score: 3 of 3; repeated scores 0",
+    )
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(tmp_path: Path) -> None:
@@ -92,7 +112,12 @@ def test_a_terminal_without_unicode_gets_plain_text() -> None:
 def test_a_closed_output_is_no_defect(tmp_path: Path) -> None:
     command = f'"{sys.executable}" -m flyweight.cli verify "{_artifact(tmp_path)}" >&- 2>&-'
     source = str(Path(__file__).parents[2] / "src")
-    assert subprocess.run(["sh", "-c", command], env={**os.environ, "PYTHONPATH": source}, check=False).returncode == 0
+    assert (
+        subprocess.run(
+            ["sh", "-c", command], env={**os.environ, "PYTHONPATH": source}, check=False
+        ).returncode
+        == 0
+    )
 
 
 def _artifact(folder: Path) -> Path:

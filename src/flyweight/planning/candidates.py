@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from flyweight import discover
-from flyweight.records import Goal, Plan, Site, Step
+from flyweight.records import JSON, Goal, Plan, Site, Step
 from flyweight.transforms import _options
 
 _ORIGINAL = "float32"
@@ -67,7 +67,7 @@ def families(model: nn.Module, sites: Sequence[Site], goal: Goal) -> list[Family
     if any(step.options for step in small.values()) and goal.minimize != "latency":
         found.append(Family("int4 weights", small, stored))
     for reduced in (True, False):
-        options = {} if reduced else {"reduced": False}
+        options: dict[str, JSON] = {} if reduced else {"reduced": False}
         ending = "" if reduced else ", full range"
         dynamic = _steps(model, sites, "dynamic_int8", options)
         static = _steps(model, sites, "static_int8", options)
@@ -101,11 +101,15 @@ def sensitivity(family: Family, sites: Sequence[Site], damages: Mapping[str, flo
     """
     macs, size = sum(s.macs for s in sites) or 1, sum(s.bytes for s in sites) or 1
     gain = {s.name: max(s.macs / macs, 0.1 * s.bytes / size, 1e-6) for s in sites}
-    able = [name for name in family.steps if name in damages and family.gentler.get(name) != family.steps[name]]
+    able = [
+        name for name in family.steps if name in damages and family.gentler.get(name) != family.steps[name]
+    ]
     return sorted(able, key=lambda name: damages[name] / gain[name] ** 0.5, reverse=True)
 
 
-def _steps(model: nn.Module, sites: Sequence[Site], method: str, options: Mapping[str, object]) -> dict[str, Step]:
+def _steps(
+    model: nn.Module, sites: Sequence[Site], method: str, options: Mapping[str, JSON]
+) -> dict[str, Step]:
     """The method's step at every site that takes it; options it refuses at a site leave that site out."""
     module = discover.method("transforms", method)
     read = _options.read(module, options, method)

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from flyweight import discover
+from flyweight.evaluation.bench import deviation
 from flyweight.inputs.check import run
 from flyweight.records import Batch, Site, Step
 from flyweight.transforms import Context, _options
-from flyweight.evaluation.bench import deviation
 
 EXAMPLES = 4
 

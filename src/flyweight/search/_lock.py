@@ -55,7 +55,7 @@ def _take(path: Path, handle: int) -> bool:
 
 def _in_place(path: Path, handle: int) -> bool:
     try:
-        return os.path.samestat(os.stat(_beside(path)), os.fstat(handle))
+        return os.path.samestat(_beside(path).stat(), os.fstat(handle))
     except FileNotFoundError:
         return False
 

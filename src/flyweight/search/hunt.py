@@ -19,6 +19,8 @@ REPAIRS = 5
 """Evaluations spent on repairing one family."""
 ALTERNATIVES = 2
 """Further families scored when there is time, so that the trade-off has more points than the winner."""
+
+
 @dataclass(frozen=True)
 class Tools:
     """What the search may do; each is remembered by the study, so that a resumed search repeats nothing."""

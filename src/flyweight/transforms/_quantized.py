@@ -30,6 +30,14 @@ class QuantizedLayer(nn.Module):
     zeros, (O, G) uint8 when asymmetric; input_scale, input_zero, output_scale, output_zero, () when static.
     """
 
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    input_scale: torch.Tensor
+    input_zero: torch.Tensor
+    output_scale: torch.Tensor
+    output_zero: torch.Tensor
+
     def __init__(self, inner: nn.Module, on: Grid, encoded: Encoded, *, transposed: bool = False) -> None:
         """inner: the layer, of which a copy without weight is kept; transposed: its weight is (I, O)."""
         super().__init__()
