@@ -220,7 +220,8 @@ class Run:
         def compute() -> dict[str, Any]:
             model = self.bench.build(Plan(self.session.folds))
             self.told.step(f"sensitivity of {len(family.steps)} layers to {family.name}")
-            limit = max(10.0, 0.1 * self.goal.within)
+            left = self.goal.within - (time.monotonic() - self.start)
+            limit = max(1.0, min(0.1 * self.goal.within, left))
             found = damages(
                 model,
                 self.session.analysis.sites,

@@ -75,7 +75,7 @@ def apply(task: Task, recipe: Plan, goal: Goal, out: Path, *, force: bool = Fals
         plan, added = session.completed(recipe)
         transforms.check(session.task.model, plan, session.analysis.sites)
         methods = frozenset(step.method for step in plan.steps)
-        fit = [n for n in names if goal.runtime != "auto" or not _refused(n, methods) and n not in SLOW_RUNTIMES]
+        fit = [n for n in names if goal.runtime != "auto" or (not _refused(n, methods) and n not in SLOW_RUNTIMES)]
         surveys = {name: session.bench.survey(name, plan, 1.0) for name in fit}
         able = {name: survey for name, survey in surveys.items() if not survey.failure}
         if not able:

@@ -15,15 +15,15 @@ from flyweight.runtimes import torch as eager
 from flyweight.runtimes._files import Predictor
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measured on Linux only")
-BATCH = torch.zeros(1, 1024)
-WEIGHTS = 4 * 1024 * 8192 * 4
-"""Bytes of the weights below: 134 MB."""
+BATCH = torch.zeros(1, 512)
+WEIGHTS = 4 * 512 * 4096 * 4
+"""Bytes of the weights below: 34 MB."""
 
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return nn.Sequential(
-        *(layer for _ in range(2) for layer in (nn.Linear(1024, 8192), nn.Linear(8192, 1024)))
+        *(layer for _ in range(2) for layer in (nn.Linear(512, 4096), nn.Linear(4096, 512)))
     ).eval()
 
 
@@ -37,7 +37,7 @@ def test_a_module_takes_its_weights_and_little_more(model: nn.Module, tmp_path: 
 def test_a_file_takes_its_weights_and_a_runtime(model: nn.Module, tmp_path: Path) -> None:
     found = peak_memory(onnxruntime.prepare(model, [BATCH], tmp_path), model, BATCH)
     assert found is not None
-    assert 0.95 * WEIGHTS <= found <= 3 * WEIGHTS
+    assert 0.95 * WEIGHTS <= found <= 3 * WEIGHTS + 60e6
 
 
 def test_a_model_that_fails_has_no_figure() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from flyweight.evaluation import timing
 from flyweight.evaluation.timing import _interval, fastest_threads, race
@@ -104,7 +103,6 @@ def test_the_faster_count_of_threads_is_left_set(monkeypatch: pytest.MonkeyPatch
     assert fastest_threads(clock.taking(0.01), 2) == best == set_to[-1]
 
 
-def test_a_real_race_is_won_by_the_smaller_product() -> None:
-    small, large = torch.rand(64, 64), torch.rand(700, 700)
-    found = race(lambda: large @ large, lambda: small @ small, 0.2)
-    assert found.speedup_interval.low > 2
+def test_a_real_race_is_won_by_less_work() -> None:
+    found = race(lambda: sum(range(50_000)), lambda: sum(range(1_000)), 0.2)
+    assert found.speedup_interval.low > 5

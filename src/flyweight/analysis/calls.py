@@ -42,7 +42,9 @@ class Call:
     """Of a convolution: stride, padding, dilation, groups as the operation got them."""
 
 
-def operands(kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any, Any, dict[str, Any]]:
+def operands(
+    kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, Any, Any, dict[str, Any]]:
     """(input, weight, bias, layout) of a call of one of OPERATIONS, whatever way its arguments were passed."""
     if kind == _ADDMM:
         named = dict(zip(("input", "mat1", "mat2"), args, strict=False)) | dict(kwargs)
@@ -70,7 +72,11 @@ class Watch(TorchFunctionMode):
         self._weights, self._seen, self._other = weights, seen, other
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Run the function as it is and report what it used."""
         kwargs = kwargs or {}
@@ -82,7 +88,9 @@ class Watch(TorchFunctionMode):
             owned = self._weights.get(id(weight))
             if owned is not None:
                 self._seen(owned, Call(kind, x, weight, bias, result, layout))
-        for path in {self._weights[id(a)] for a in tensors_in((*args, *kwargs.values())) if id(a) in self._weights}:
+        for path in {
+            self._weights[id(a)] for a in tensors_in((*args, *kwargs.values())) if id(a) in self._weights
+        }:
             if path != owned and getattr(func, "__name__", "") != "__get__":
                 self._other(path, getattr(func, "__name__", str(func)))
         return result

@@ -6,6 +6,7 @@ forward pass of that module, and by nothing else. Whatever else holds weights is
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,6 +104,7 @@ class _Recorder:
         self._random = torch.Generator().manual_seed(seed)
         self._owners = owners(model)
         self._watch = Watch(self._owners, self._call, self._other)
+        self._stack = contextlib.ExitStack()
         self._active: dict[str, list[Any]] = {}
         self._seen: dict[str, _Seen] = {}
         self._left: dict[str, str] = _tied(model)
@@ -116,10 +118,10 @@ class _Recorder:
                 module.register_forward_pre_hook(self._begin(path), with_kwargs=True),
                 module.register_forward_hook(self._end(path), always_call=True),
             ]
-        self._watch.__enter__()
+        self._stack.enter_context(self._watch)
 
     def __exit__(self, *error: Any) -> None:
-        self._watch.__exit__(*error)
+        self._stack.close()
         for hook in self._hooks:
             hook.remove()
 
@@ -154,6 +156,8 @@ class _Recorder:
             self._left.setdefault(path, "its weight is used more than once in one forward")
         if kind_of(self._model.get_submodule(path)) != ("linear" if call.kind == "addmm" else call.kind):
             self._left.setdefault(path, f"its class does not tell that it computes a {call.kind}")
+        if call.weight.ndim < 2:
+            self._left.setdefault(path, "its weight is a vector")
         if call.kind == "conv" and call.input.ndim != call.weight.ndim:
             self._left.setdefault(path, "its input has no batch dimension")
         if call.bias is not None and call.bias is not self._model.get_submodule(path)._parameters.get("bias"):
@@ -164,7 +168,7 @@ class _Recorder:
         if self.first:
             seen.calls += 1
             seen.macs += _macs(call)
-        seen.own_input &= _same_values(active[0], call.input)
+            seen.own_input &= _same_values(active[0], call.input)
         if path not in self._left:
             self._statistics(path, seen, call)
 
@@ -172,11 +176,12 @@ class _Recorder:
         if call.kind != "embedding" and call.input.numel():
             seen.low, seen.high = _extremes(path, call.input, seen.low, seen.high)
             seen.samples.append(self._sample(call.input))
-            channels = 1 if call.kind == "conv" else -1
-            values = call.input.detach().float().movedim(channels, -1)
-            square = values.reshape(-1, values.shape[-1]).square()
-            seen.rows += len(square)
-            seen.energy = square.sum(0) + (0 if seen.energy is None else seen.energy)
+            values = call.input.detach().float()
+            channels = 1 if call.kind == "conv" else values.ndim - 1
+            others = [d for d in range(values.ndim) if d != channels]
+            energy = torch.linalg.vector_norm(values, dim=others).square() if others else values.square()
+            seen.rows += values.numel() // values.shape[channels]
+            seen.energy = energy + (0 if seen.energy is None else seen.energy)
         if call.output.numel():
             seen.out_low, seen.out_high = _extremes(path, call.output, seen.out_low, seen.out_high)
             seen.out_samples.append(self._sample(call.output))
@@ -207,7 +212,9 @@ class _Recorder:
         idle = [
             path
             for path in self._owners.values()
-            if isinstance(self._model.get_submodule(path), _LAYERS) and path not in self._seen and path not in self._left
+            if isinstance(self._model.get_submodule(path), _LAYERS)
+            and path not in self._seen
+            and path not in self._left
         ]
         return [f"{path} stays as it is: no example ran it" for path in idle]
 
@@ -301,8 +308,10 @@ def _same_values(module_input: Any, operand: torch.Tensor) -> bool:
     if not isinstance(module_input, torch.Tensor) or module_input.dtype != operand.dtype:
         return False
     if not operand.is_floating_point():
-        return bool(module_input.numel() == operand.numel() and torch.equal(module_input.flatten(), operand.flatten()))
+        return bool(
+            module_input.numel() == operand.numel() and torch.equal(module_input.flatten(), operand.flatten())
+        )
     first, second = (t.detach().double() for t in (module_input, operand))
-    return torch.allclose(first.sum(), second.sum(), rtol=1e-9, atol=1e-9 * float(first.abs().sum()) + 1e-30) and (
-        torch.allclose(first.square().sum(), second.square().sum(), rtol=1e-9, atol=1e-30)
-    )
+    return torch.allclose(
+        first.sum(), second.sum(), rtol=1e-9, atol=1e-9 * float(first.abs().sum()) + 1e-30
+    ) and (torch.allclose(first.square().sum(), second.square().sum(), rtol=1e-9, atol=1e-30))

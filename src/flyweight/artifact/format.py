@@ -208,13 +208,13 @@ def _content(root: int, name: str, limit: int) -> bytes:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise UsageError when `folder` is there and holds anything but an artifact, which a new one must not replace."""
+    """Raise UsageError when `folder` is there and is no artifact, MachineError when that cannot be seen."""
     folder = folder.absolute()
-    if not is_there(folder):
-        return
     try:
-        with disk_errors(folder), opened_folder(folder) as root:
-            names_in(root)
+        with disk_errors(folder):
+            if is_there(folder):
+                with opened_folder(folder) as root:
+                    names_in(root)
     except ArtifactError as error:
         raise UsageError(
             "an artifact takes the place of an artifact only",

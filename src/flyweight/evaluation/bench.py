@@ -51,7 +51,7 @@ class Survey:
 
 @dataclass
 class Bench:
-    """One task's measuring place. `measuring` adds up the seconds spent in the task's score, in timing and in weighing memory."""
+    """One task's measuring place; `measuring`: seconds spent in the task's score, in timing and in weighing memory."""
 
     task: Task
     goal: Goal
@@ -72,7 +72,8 @@ class Bench:
         Raises DataError when it is 0, which no drop is relative to, ModelError when the model's output holds no tensor.
         """
         if not _structure.leaves(self._original(self.task.examples[0])):
-            raise ModelError("the model's output must hold a tensor", got="none", way_out="return a tensor, or a dict of them")
+            way_out = "return a tensor, or a dict of them"
+            raise ModelError("the model's output must hold a tensor", got="none", way_out=way_out)
         found = self._judge(self._original)
         if found.mean == 0:
             way_out = "shift or scale the score, so that the original's is not 0"
@@ -86,7 +87,8 @@ class Bench:
         batch = self.task.examples[0]
         race = self._race(functools.partial(self._original, batch), functools.partial(self._original, batch))
         predictor = self._files(Plan(), "torch", self.task.model)
-        zero = Interval(0.0, 0.0) if scores.samples else None
+        size, peak = predictor.bytes, self._peak(predictor, self.task.model)
+        shutil.rmtree(predictor.files[0].parent, ignore_errors=True)
         return Measured(
             name="original",
             runtime="torch",
@@ -94,13 +96,13 @@ class Bench:
             score=scores.mean,
             score_interval=scores.interval(),
             drop=0.0,
-            drop_interval=zero,
+            drop_interval=Interval(0.0, 0.0) if scores.samples else None,
             latency_ms=race.first_ms,
             latency_interval=race.first_interval,
             speedup=1.0,
             speedup_interval=Interval(1.0, 1.0),
-            bytes=predictor.bytes,
-            peak_memory_bytes=self._peak(predictor, self.task.model),
+            bytes=size,
+            peak_memory_bytes=peak,
             verdict="met",
         )
 
@@ -257,7 +259,7 @@ def deviation(wanted: object, found: object) -> float:
         if not one.is_floating_point():
             continue
         one, two = one.detach().double().cpu(), two.detach().double().cpu()
-        if one.shape != two.shape or bool(torch.isfinite(one).all()) and not bool(torch.isfinite(two).all()):
+        if one.shape != two.shape or (bool(torch.isfinite(one).all()) and not bool(torch.isfinite(two).all())):
             return float("inf")
         both = torch.isfinite(one) & torch.isfinite(two)
         change = float((one[both] - two[both]).square().sum() / one[both].square().sum().clamp(min=1e-30))

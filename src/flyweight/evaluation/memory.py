@@ -37,11 +37,13 @@ def _of_file(predictor: Predictor, batch: Batch) -> int | None:
     """Run the probe, a script without PyTorch, on the files."""
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder) / "inputs.npz"
-        np.savez(arrays, **{n: t.cpu().numpy() for n, t in zip(names(batch), tensors(batch), strict=True)})
+        given_arrays = {n: t.cpu().numpy() for n, t in zip(names(batch), tensors(batch), strict=True)}
+        np.savez(arrays, **given_arrays)  # type: ignore[arg-type]  # the stub takes any name for allow_pickle
         settings = [f"{key}={value}" for key, value in predictor.session.items()]
-        command = [sys.executable, "-P", _memory_probe.__file__, predictor.runtime, str(predictor.files[0]), str(arrays), *settings]
+        command = [sys.executable, "-P", _memory_probe.__file__, predictor.runtime]
+        given = [str(predictor.files[0]), str(arrays), *settings]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+            done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
         except subprocess.TimeoutExpired:
             return None
     return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else None

@@ -41,7 +41,9 @@ def constants(graph: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[Const
             yield _constant(item, weights, shapes)
 
 
-def _constant(item: Any, weights: Mapping[str, torch.Tensor], shapes: Mapping[tuple[int, ...], list[str]]) -> Constant:
+def _constant(
+    item: Any, weights: Mapping[str, torch.Tensor], shapes: Mapping[tuple[int, ...], list[str]]
+) -> Constant:
     if item.data_type in (onnx.TensorProto.STRING, onnx.TensorProto.BFLOAT16):
         return Constant(item, None)
     tensor = torch.from_numpy(onnx.numpy_helper.to_array(item).copy())

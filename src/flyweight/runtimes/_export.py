@@ -108,7 +108,11 @@ class _Open(TorchFunctionMode):
         self._path = path
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kind = OPERATIONS.get(func)
         if kind is None:
@@ -123,7 +127,9 @@ class _Open(TorchFunctionMode):
         else:
             width = weight.shape[0] if kind == "linear" else weight.shape[1]
             shape = [*x.shape, width] if kind == "embedding" else [*x.shape[:-1], width]
-        return torch.onnx.ops.symbolic(f"{DOMAIN}::Site", [x], attributes, dtype=dtype, shape=shape, version=1)
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Site", [x], attributes, dtype=dtype, shape=shape, version=1
+        )
 
 
 def _conv_attributes(layout: Mapping[str, Any], kernel: Sequence[int]) -> dict[str, Any]:
@@ -134,7 +140,12 @@ def _conv_attributes(layout: Mapping[str, Any], kernel: Sequence[int]) -> dict[s
         pads = [t // 2 for t in total] + [t - t // 2 for t in total]
     else:
         pads = 2 * (_each(0 if layout["padding"] == "valid" else layout["padding"], rank))
-    return {"strides": spread["stride"], "dilations": spread["dilation"], "pads": pads, "group": int(layout["groups"])}
+    return {
+        "strides": spread["stride"],
+        "dilations": spread["dilation"],
+        "pads": pads,
+        "group": int(layout["groups"]),
+    }
 
 
 def _each(value: Any, rank: int) -> list[int]:
@@ -167,7 +178,8 @@ class _Flat(nn.Module):
 def _export(twin: nn.Module, examples: Sequence[Batch], template: Any) -> Skeleton:
     sample, free = _example(examples)
     reasons = []
-    for batch, dims in ((sample, free), (examples[0], [{} for _ in free])):
+    fixed: list[dict[int, Any]] = [{} for _ in free]
+    for batch, dims in ((sample, free), (examples[0], fixed)):
         try:
             return _skeleton(_program(twin, batch, dims), batch, template)
         except ModelError:
@@ -184,7 +196,7 @@ def _export(twin: nn.Module, examples: Sequence[Batch], template: Any) -> Skelet
 def _program(twin: nn.Module, batch: Batch, dims: list[dict[int, Any]]) -> Any:
     with warnings.catch_warnings(), torch.no_grad(), unfused(), _quiet():
         warnings.simplefilter("ignore")
-        return torch.onnx.export(
+        program = torch.onnx.export(
             _Flat(twin, batch).eval(),
             tuple(tensors(batch)),
             dynamo=True,
@@ -192,7 +204,8 @@ def _program(twin: nn.Module, batch: Batch, dims: list[dict[int, Any]]) -> Any:
             dynamic_shapes=(tuple(dims),) if any(dims) else None,
             opset_version=OPSET,
             verbose=False,
-        ).model_proto
+        )
+    return cast(Any, program).model_proto
 
 
 def _skeleton(proto: Any, batch: Batch, template: Any) -> Skeleton:
@@ -202,7 +215,9 @@ def _skeleton(proto: Any, batch: Batch, template: Any) -> Skeleton:
     ]
     if len(shapes) != len(tensors(batch)):
         kept = {value.name for value in proto.graph.input}
-        raise ModelError("every input must reach the output", got=", ".join(set(names(batch)) - kept) + " unused")
+        raise ModelError(
+            "every input must reach the output", got=", ".join(set(names(batch)) - kept) + " unused"
+        )
     inputs = tuple(value.name for value in proto.graph.input)
     return Skeleton(proto.SerializeToString(), inputs, tuple(shapes), template)
 
@@ -223,7 +238,7 @@ def _example(examples: Sequence[Batch]) -> tuple[Batch, list[dict[int, Any]]]:
         dims = {d for d in range(tensor.ndim) if len({t.shape[d] for t in same_rank}) > 1}
         dims |= {0} if tensor.ndim else set()
         dims |= {1} if tensor.ndim >= 2 and tensor.shape[1] in lengths else set()
-        free.append({d: auto for d in sorted(dims)})
+        free.append(dict.fromkeys(sorted(dims), auto))
     batched = {t.shape[0] for t in first if t.ndim}
     if len(batched) == 1 and all(t.ndim for t in first):
         first = [torch.cat((t, t)) for t in first]

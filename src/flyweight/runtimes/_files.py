@@ -62,12 +62,16 @@ def match(batch: Batch, names: Sequence[str], shapes: Sequence[tuple[int | None,
     """A batch's tensors in the order of a graph's inputs; raises DataError when names or shapes do not fit."""
     if isinstance(batch, dict):
         if set(batch) != set(names):
-            raise DataError("a batch must have the first example's keys", got=", ".join(batch), way_out=", ".join(names))
+            raise DataError(
+                "a batch must have the first example's keys", got=", ".join(batch), way_out=", ".join(names)
+            )
         values = [batch[name] for name in names]
     else:
         values = [batch] if isinstance(batch, torch.Tensor) else list(batch)
     for name, value, shape in zip(names, values, shapes, strict=True):
-        fits = value.ndim == len(shape) and all(s in (None, n) for s, n in zip(shape, value.shape, strict=True))
+        fits = value.ndim == len(shape) and all(
+            s in (None, n) for s, n in zip(shape, value.shape, strict=True)
+        )
         if not fits:
             wanted = "x".join("any" if s is None else str(s) for s in shape)
             raise DataError(

@@ -65,7 +65,9 @@ def write_graph(model: nn.Module, examples: Sequence[Batch], where: Path) -> Gra
     from flyweight.runtimes._export import names, skeleton, tensors
     from flyweight.runtimes._lower import lower
 
-    paths = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    paths: dict[str, nn.Module] = {
+        path: m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)
+    }
     paths |= {site.name: model.get_submodule(site.name) for site in analyse(model, examples[:1]).sites}
     outline = skeleton(model, paths, examples)
     low = lower(outline, model, paths)
@@ -77,8 +79,11 @@ def write_graph(model: nn.Module, examples: Sequence[Batch], where: Path) -> Gra
             item.external_data.add(key=entry, value=value)
         low.graph.graph.initializer.append(item)
     (where / GRAPH).write_bytes(low.graph.SerializeToString(deterministic=True))
-    dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in zip(names(examples[0]), tensors(examples[0]), strict=True)}
-    inputs = tuple((name, dtypes[name], shape) for name, shape in zip(outline.inputs, outline.shapes, strict=True))
+    given = zip(names(examples[0]), tensors(examples[0]), strict=True)
+    dtypes = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in given}
+    inputs = tuple(
+        (name, dtypes[name], shape) for name, shape in zip(outline.inputs, outline.shapes, strict=True)
+    )
     return Graph(where, inputs, outline.template, low.layouts, integer=bool(low.grids))
 
 
@@ -88,7 +93,9 @@ def _check_dtypes(model: nn.Module, batch: Batch) -> None:
 
     half = [(name, p.dtype) for name, p in model.named_parameters() if p.is_floating_point()]
     half += [(name, m.dtype) for name, m in model.named_modules() if isinstance(m, QuantizedLayer)]
-    half += [(name, t.dtype) for name, t in zip(names(batch), tensors(batch), strict=True) if t.is_floating_point()]
+    half += [
+        (name, t.dtype) for name, t in zip(names(batch), tensors(batch), strict=True) if t.is_floating_point()
+    ]
     for name, dtype in half:
         if dtype != torch.float32:
             raise ModelError(

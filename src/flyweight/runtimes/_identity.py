@@ -21,7 +21,9 @@ _KEPT: dict[int, Any] = {}
 
 def identity(module: nn.Module) -> str:
     """What decides how a module computes, apart from its parameters, buffers and children, as a digest in hex."""
-    state = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules", "training")}
+    state = {
+        k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules", "training")
+    }
     digest = hashlib.sha256()
     for part in _parts((type(module), state), {id(module)}):
         digest.update(part.encode() + b"\0")

@@ -26,7 +26,9 @@ def load_state(model: nn.Module, stored: Mapping[str, torch.Tensor], layouts: Ma
     wanted = unique_state(model)
     modules = dict(model.named_modules())
     state = {
-        key: _restored(modules.get(key.rpartition(".")[0]), key, tensor) if layouts.get(key) == TRANSPOSED else tensor
+        key: _restored(modules.get(key.rpartition(".")[0]), key, tensor)
+        if layouts.get(key) == TRANSPOSED
+        else tensor
         for key, tensor in state.items()
     }
     differences = [f"{key} missing" for key in wanted if key not in state]
@@ -53,6 +55,10 @@ def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor) -> torch
         return tensor
     if key.endswith(".zeros"):
         groups = module.scales.shape[1]
-        return unpack(tensor[None], groups * module.scales.shape[0], symmetric=False).reshape(groups, -1).T.contiguous()
+        return (
+            unpack(tensor[None], groups * module.scales.shape[0], symmetric=False)
+            .reshape(groups, -1)
+            .T.contiguous()
+        )
     codes = unpack(tensor[None], module.inputs * module.scales.shape[0], symmetric=False)
     return pack(codes.reshape(module.inputs, -1).T)

@@ -69,14 +69,20 @@ class Lowered:
         """A constant kept in the graph; returns its name."""
         values = tensor.detach().contiguous()
         self.graph.graph.initializer.append(
-            helper.make_tensor(name, _TYPES[values.dtype], tuple(values.shape), values.numpy().tobytes(), raw=True)
+            helper.make_tensor(
+                name, _TYPES[values.dtype], tuple(values.shape), values.numpy().tobytes(), raw=True
+            )
         )
         return name
 
     def stored(self, key: str, kind: int | None = None, shape: Sequence[int] | None = None) -> str:
         """A constant that lies in the weights under its key; returns its name."""
         tensor = self.weights[key]
-        self.refers[key] = (key, kind or _TYPES[tensor.dtype], tuple(tensor.shape if shape is None else shape))
+        self.refers[key] = (
+            key,
+            kind or _TYPES[tensor.dtype],
+            tuple(tensor.shape if shape is None else shape),
+        )
         return key
 
 
@@ -100,7 +106,8 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
 
 
 def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pads: Pads) -> None:
-    kind, owner = at["kind"].decode(), f"{at['path'].decode()}.".lstrip(".")  # the model itself may be the layer
+    kind, path = at["kind"].decode(), at["path"].decode()
+    owner = f"{path}." if path else ""  # the model itself may be the layer
     x, y = node.input[0], node.output[0]
     if kind == "embedding":
         _embedding(low, owner, module, x, y)
@@ -163,7 +170,9 @@ def _decoded(low: Lowered, owner: str, module: QuantizedLayer) -> str:
     codes = low.stored(f"{owner}codes", kind, (inputs, outputs))
     if module.on.group is None:
         zeros = _zeros(low, owner, module, (outputs,), kind)
-        return low.node("DequantizeLinear", [codes, low.stored(scales, shape=(outputs,)), *zeros], name, axis=1)
+        return low.node(
+            "DequantizeLinear", [codes, low.stored(scales, shape=(outputs,)), *zeros], name, axis=1
+        )
     _transpose(low, scales)
     zeros = _zeros(low, owner, module, (inputs // module.on.group, outputs), kind)
     return low.node(
@@ -171,7 +180,9 @@ def _decoded(low: Lowered, owner: str, module: QuantizedLayer) -> str:
     )
 
 
-def _zeros(low: Lowered, owner: str, module: QuantizedLayer, shape: tuple[int, ...], kind: int | None) -> list[str]:
+def _zeros(
+    low: Lowered, owner: str, module: QuantizedLayer, shape: tuple[int, ...], kind: int | None
+) -> list[str]:
     """The name of the zero points of an asymmetric grid, packed like the codes; nothing for a symmetric one."""
     if module.zeros is None:
         return []
@@ -196,7 +207,9 @@ def _dynamic_product(low: Lowered, owner: str, module: QuantizedLayer, x: str, y
     return low.node("Mul", [f"{y}.float", f"{y}.scale"], y)
 
 
-def _convolution(low: Lowered, owner: str, module: nn.Module, ends: tuple[str, str], at: Mapping[str, Any]) -> None:
+def _convolution(
+    low: Lowered, owner: str, module: nn.Module, ends: tuple[str, str], at: Mapping[str, Any]
+) -> None:
     (x, y), bias = ends, [low.stored(_bias(owner, module))] if at["bias"] else []
     layout = {name: at[name] for name in ("strides", "pads", "dilations", "group")}
     if not isinstance(module, QuantizedLayer):
@@ -213,7 +226,7 @@ def _convolution(low: Lowered, owner: str, module: nn.Module, ends: tuple[str, s
         low.outputs.append((y, (float(module.output_scale), int(module.output_zero))))
         # Another layer may have chosen the input's grid. The weights' scales only allow for half of this layer's own.
         if bias and step > 0.5 * float(module.input_scale):
-            bias = [_integer_bias(low, owner, step, (*bias, scales))]
+            bias = [_integer_bias(low, owner, step, (bias[0], scales))]
     low.node("Conv", [x, name, *bias], y, **layout)
 
 
@@ -292,7 +305,9 @@ def _round_activations(low: Lowered) -> None:
         nodes += _rounding(low, name)
     results = {value.name for value in low.graph.graph.output}
     for node in low.nodes:
-        for index, name in enumerate(() if node.op_type == "Identity" and node.output[0] in results else node.input):
+        for index, name in enumerate(
+            () if node.op_type == "Identity" and node.output[0] in results else node.input
+        ):
             node.input[index] = renamed.get(name, name)
         nodes.append(node)
         for name in node.output:
@@ -317,7 +332,9 @@ def _state_constants(low: Lowered, sites: Iterable[str]) -> None:
     """Let the graph's own constants refer to the weights: those of the model by their key, large others by a new one."""
     filled = tuple(f"{path}." for path in sites)  # may be stored otherwise, so nothing else may refer to them
     kept = []
-    for found in constants(low.graph.graph, {k: t for k, t in low.weights.items() if not k.startswith(filled)}):
+    for found in constants(
+        low.graph.graph, {k: t for k, t in low.weights.items() if not k.startswith(filled)}
+    ):
         item, name = found.item, found.item.name
         if found.tensor is None:
             kept.append(item)

@@ -1,6 +1,6 @@
 """Run as a script, without PyTorch: prints the bytes that loading and running a graph file adds to this process.
 
-    python _memory_probe.py RUNTIME GRAPH INPUTS.npz [KEY=VALUE ...]
+Usage: python _memory_probe.py RUNTIME GRAPH INPUTS.npz [KEY=VALUE ...]
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def _is_conv(node: Any) -> bool:
 
 def _zero_pad(node: Any, values: Mapping[str, Any]) -> bool:
     mode = next((item.s for item in node.attribute if item.name == "mode"), b"constant")
-    if mode != b"constant" or len(node.input) > 3 and node.input[3] or node.input[1] not in values:
+    if mode != b"constant" or (len(node.input) > 3 and node.input[3]) or node.input[1] not in values:
         return False
     if len(node.input) > 2 and node.input[2]:
         fill = values.get(node.input[2])

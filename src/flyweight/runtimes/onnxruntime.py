@@ -49,7 +49,7 @@ def open_file(folder: Path, session: Mapping[str, str]) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = cores()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # what it logs below, it raises too
     for key, value in {"session.force_spinning_stop": "1", **session}.items():
         options.add_session_config_entry(key, value)
     loaded = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])

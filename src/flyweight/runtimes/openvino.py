@@ -30,7 +30,9 @@ def available() -> str | None:
 def refuse(methods: frozenset[str]) -> str | None:
     """Why a plan with these methods would not pay here, or None."""
     if "dynamic_int8" in methods:
-        return "OpenVINO decodes dynamically quantized layers to floats, which is slower than leaving them alone"
+        return (
+            "OpenVINO decodes dynamically quantized layers to floats, which is slower than leaving them alone"
+        )
     return None
 
 

@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -29,6 +30,6 @@ def available() -> str | None:
 def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
     """Write the model's weights to the folder `where` and compile it on the first call."""
     write_weights(unique_state(model), where / WEIGHTS)
-    call = caller(torch.compile(model))
+    call = caller(cast(nn.Module, torch.compile(model)))
     call(examples[0])
     return Predictor(runtime="torch_compile", call=call, files=(where / WEIGHTS,))

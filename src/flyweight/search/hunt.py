@@ -66,7 +66,9 @@ class Hunt:
         return choose.best(self.measured(), self.goal, self.original)
 
     def _may_go_on(self) -> bool:
-        return self.tools.time_used() < 1
+        """Whether there is time for as much as the longest trial took."""
+        longest = max((trial.seconds for trial in self.trials.values()), default=0.0)
+        return self.tools.time_used() + longest / self.goal.within < 1
 
     def _alternatives(self, order: Sequence[Candidate]) -> None:
         """Score the best candidate of families that were skipped, while half of the time is left."""

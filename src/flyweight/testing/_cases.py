@@ -47,7 +47,9 @@ class Case:
     @property
     def model_name(self) -> str:
         """The zoo's name for the model, and the dtype unless it is float32."""
-        return self.entry.name + ("" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}")
+        return self.entry.name + (
+            "" if self.dtype == torch.float32 else f" {str(self.dtype).removeprefix('torch.')}"
+        )
 
     @property
     def setting(self) -> str:
@@ -104,7 +106,9 @@ def cases(method: str, entry: Zoo) -> Iterator[Case | str]:
 def plans_of(method: str, model: nn.Module, analysis: Analysis, examples: Sequence[Batch]) -> list[Plan]:
     """For every level that the method proposes: the plan with that level at all sites that take it."""
     if method in transforms.ORDER:
-        steps = tuple(Step(method, conv, {"norm": norm}) for conv, norm in trace(model, examples[0]).norms.items())
+        steps = tuple(
+            Step(method, conv, {"norm": norm}) for conv, norm in trace(model, examples[0]).norms.items()
+        )
         known = {site.name for site in analysis.sites}
         return [Plan(steps)] if steps and all(step.site in known for step in steps) else []
     module = discover.method("transforms", method)
@@ -149,4 +153,6 @@ def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
 
     if isinstance(batch, torch.Tensor):
         return cast(batch)
-    return {name: cast(t) for name, t in batch.items()} if isinstance(batch, dict) else tuple(map(cast, batch))
+    return (
+        {name: cast(t) for name, t in batch.items()} if isinstance(batch, dict) else tuple(map(cast, batch))
+    )

@@ -63,7 +63,10 @@ def finite_and_close(case: Case) -> None:
 
 def deterministic(case: Case) -> None:
     """Twice the same, bit for bit."""
-    require(digest(case.changed.state_dict()) == digest(case.apply().state_dict()), "another state the second time")
+    require(
+        digest(case.changed.state_dict()) == digest(case.apply().state_dict()),
+        "another state the second time",
+    )
 
 
 def state_round_trip(case: Case) -> None:
@@ -124,7 +127,9 @@ def refusal_truthful(case: Case) -> None:
 def others_untouched(case: Case) -> None:
     """What the plan does not name is as it was, bit for bit."""
     places = {step.site for step in case.plan.steps}
-    places |= {str(value) for step in case.plan.steps for name, value in step.options.items() if name == "norm"}
+    places |= {
+        str(value) for step in case.plan.steps for name, value in step.options.items() if name == "norm"
+    }
     before, after = case.original.state_dict(), case.changed.state_dict()
     for key, tensor in before.items():
         if not any(key.startswith(f"{place}." if place else "") for place in places):
@@ -134,7 +139,9 @@ def others_untouched(case: Case) -> None:
 def options_round_trip(method: ModuleType) -> None:
     """Options go to plain JSON values and back."""
     for options in _settings(method):
-        require(_options.read(method, _options.plain(options), "") == options, f"{options} does not come back")
+        require(
+            _options.read(method, _options.plain(options), "") == options, f"{options} does not come back"
+        )
 
 
 def options_checked(method: ModuleType) -> None:
@@ -197,7 +204,9 @@ def _judge(case: Case, step: Step, reason: str | None, site: Site) -> None:
 
 
 def _named(error: UsageError, step: Step) -> None:
-    require(step.site in str(error) and step.method in str(error), f"the site or method is not named: {error}")
+    require(
+        step.site in str(error) and step.method in str(error), f"the site or method is not named: {error}"
+    )
 
 
 def _settings(method: ModuleType) -> list[Any]:

@@ -40,7 +40,9 @@ class Check:
 
     def __str__(self) -> str:
         """One line."""
-        return f"{self.method} on {self.model} ({self.setting}): {self.name} {self.state} {self.reason}".rstrip()
+        return (
+            f"{self.method} on {self.model} ({self.setting}): {self.name} {self.state} {self.reason}".rstrip()
+        )
 
 
 def check_transform(name: str, zoo: Sequence[Zoo] = ZOO) -> Iterator[Check]:

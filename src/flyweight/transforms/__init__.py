@@ -1,7 +1,8 @@
 """What can be done to a model: one file, one method. `apply` is the verb for all of them.
 
 A method file holds `Options`, `levels(site)`, `refuse(site, options, module)` and `replace(model, site, options, context)`,
-which returns new modules by path; `closeness(options)` says how far outputs may move, 0 when it is left out. Copying, ordering, checking and refusing are done here, once for all methods.
+which returns new modules by path. `closeness(options)` says how far outputs may move; a method without it is exact.
+Copying, ordering, checking and refusing are done here, once for all methods.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 from torch import nn
 
 from flyweight import discover
+from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
 from flyweight.records import Plan, Site, Step
 from flyweight.transforms import _options
-from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.transforms._contract import Context as Context
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
@@ -61,7 +62,9 @@ def _stages(plan: Plan) -> list[list[tuple[int, Step]]]:
         discover.method("transforms", step.method)
         rank = ORDER.index(step.method) if step.method in ORDER else len(ORDER)
         if (rank, step.site) in taken:
-            raise UsageError("a site takes one step of each stage", got=f"two for {step.site}", where=f"steps[{index}]")
+            raise UsageError(
+                "a site takes one step of each stage", got=f"two for {step.site}", where=f"steps[{index}]"
+            )
         taken.add((rank, step.site))
         stages.setdefault(rank, []).append((index, step))
     return [stages[rank] for rank in sorted(stages)]
@@ -78,14 +81,22 @@ def _replacements(
     try:
         changes: Mapping[str, nn.Module] = method.replace(model, site, options, context)
     except UsageError as error:  # what only the whole model tells
-        raise UsageError(f"{step.method} does not fit {site.name}: {error.rule}", got=error.got, where=where) from None
+        raise UsageError(
+            f"{step.method} does not fit {site.name}: {error.rule}", got=error.got, where=where
+        ) from None
     return changes
 
 
 def _site(step: Step, where: str, known: Mapping[str, Site]) -> tuple[Site, Any]:
     if step.site not in known:
         near = difflib.get_close_matches(step.site, known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"the model has {len(known)} sites; see flyweight profile"
-        raise UsageError("a step's site must be a layer of the model", got=repr(step.site), where=where, way_out=hint)
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"the model has {len(known)} sites; see flyweight profile"
+        )
+        raise UsageError(
+            "a step's site must be a layer of the model", got=repr(step.site), where=where, way_out=hint
+        )
     method = discover.method("transforms", step.method)
     return known[step.site], _options.read(method, step.options, f"{where}.options")

@@ -6,7 +6,6 @@ Shapes: O output channels, I inputs of one output channel (kernel elements inclu
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -51,7 +50,7 @@ def encode(
 ) -> Encoded:
     """Round a weight (O, I) to the nearest points of a grid.
 
-    Below 8 bits the scale of each group minimizes the squared error, weighted by the inputs' energy (I,) where given.
+    The grid's group must divide I. Below 8 bits the scale of each group minimizes the squared error, weighted by the inputs' energy (I,) where given.
     No scale is below its channel's floor (O,). All-zero groups get scale 1 and decode to exact zeros.
     """
     groups = _grouped(weight.float(), on.group)  # (O, G, group)
@@ -64,24 +63,22 @@ def encode(
             candidate = _fit(low * shrink, high * shrink, on)
             its_error = _error(groups, candidate, on, weights)
             better = its_error < error
-            best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
+            best = (torch.where(better, candidate[0], best[0]), torch.where(better, candidate[1], best[1]))
             error = torch.where(better, its_error, error)
     scales, zeros = best
     if floor is not None:
         scales = torch.maximum(scales, floor[:, None])
-    codes = _round(groups, scales, zeros, on).flatten(1)[:, : weight.shape[1]]
+    codes = _round(groups, scales, zeros, on).flatten(1)
     kind = torch.int8 if on.symmetric else torch.uint8
     return Encoded(codes.to(kind), scales, None if on.symmetric else zeros.to(torch.uint8))
 
 
 def decode(encoded: Encoded) -> torch.Tensor:
     """The float32 weight (O, I) that the integers stand for."""
-    inputs = encoded.codes.shape[1]
-    width = math.ceil(inputs / encoded.scales.shape[1])
-    scales = encoded.scales.repeat_interleave(width, 1)[:, :inputs]
-    if encoded.zeros is None:
-        return encoded.codes.float() * scales
-    return (encoded.codes.float() - encoded.zeros.float().repeat_interleave(width, 1)[:, :inputs]) * scales
+    codes = encoded.codes.float().unflatten(1, (encoded.scales.shape[1], -1))
+    if encoded.zeros is not None:
+        codes = codes - encoded.zeros[..., None].float()
+    return (codes * encoded.scales[..., None]).flatten(1)
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:
@@ -131,13 +128,8 @@ def _activation_error(sample: torch.Tensor, low: float, high: float) -> float:
 
 
 def _grouped(weight: torch.Tensor, group: int | None) -> torch.Tensor:
-    """(O, I) -> (O, G, group); the last group is filled up with its last value, which changes no range."""
-    if group is None:
-        return weight[:, None]
-    missing = -weight.shape[1] % group
-    if missing:
-        weight = torch.cat((weight, weight[:, -1:].expand(-1, missing)), 1)
-    return weight.unflatten(1, (-1, group))
+    """(O, I) -> (O, G, group)."""
+    return weight[:, None] if group is None else weight.unflatten(1, (-1, group))
 
 
 def _fit(low: torch.Tensor, high: torch.Tensor, on: Grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +145,8 @@ def _fit(low: torch.Tensor, high: torch.Tensor, on: Grid) -> tuple[torch.Tensor,
 
 
 def _round(groups: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, on: Grid) -> torch.Tensor:
-    return (groups / scales[..., None]).round_().add_(zeros[..., None]).clamp_(on.low, on.high)
+    codes: torch.Tensor = groups / scales[..., None]
+    return codes.round_().add_(zeros[..., None]).clamp_(on.low, on.high)
 
 
 def _error(

@@ -19,8 +19,10 @@ Activations = Literal["float", "dynamic", "static"]
 
 
 class _Decoded(torch.Tensor):
-    """A weight handed out to code that asks for it. Being no plain tensor, it keeps PyTorch's fused transformer layers
-    from computing with it past the layer, which rounds its input too."""
+    """A weight handed out to code that asks for it.
+
+    Being no plain tensor, it keeps PyTorch's fused transformer layers from computing past the layer, which rounds its input.
+    """
 
 
 class QuantizedLayer(nn.Module):
@@ -126,14 +128,23 @@ def quantized(
     no weight scale may then be so small that the bias overflows 32-bit integers in units of their product.
     """
     weight = module.get_parameter("weight").detach()
-    transposed = kind == "linear" and not isinstance(module, nn.Linear)
-    rows = weight.T if transposed else weight.flatten(1) if weight.ndim > 1 else weight[None]
     bias = getattr(module, "bias", None)
     floor = None
     if input_scale is not None and bias is not None:
         floor = bias.detach().float().abs() / (input_scale * 2**30)
-    encoded = encode(rows, on, _spread(energy, weight, kind), floor)
-    return QuantizedLayer(module, on, encoded, transposed=transposed)
+    encoded = encode(rows(module, kind), on, _spread(energy, weight, kind), floor)
+    return QuantizedLayer(module, on, encoded, transposed=_is_transposed(module, kind))
+
+
+def rows(module: nn.Module, kind: str) -> torch.Tensor:
+    """A layer's weight as (output channels, inputs of each)."""
+    weight = module.get_parameter("weight").detach()
+    return weight.T if _is_transposed(module, kind) else weight.flatten(1)
+
+
+def _is_transposed(module: nn.Module, kind: str) -> bool:
+    """Whether the weight is (inputs, outputs), as in GPT-2's own linear layer."""
+    return kind == "linear" and not isinstance(module, nn.Linear)
 
 
 def _spread(energy: torch.Tensor | None, weight: torch.Tensor, kind: str) -> torch.Tensor | None:
@@ -147,7 +158,9 @@ def _spread(energy: torch.Tensor | None, weight: torch.Tensor, kind: str) -> tor
     return energy.repeat_interleave(weight[0, 0].numel())
 
 
-def _map_first(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _map_first(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
         return (function(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))

@@ -15,7 +15,7 @@ from flyweight.records import Site
 from flyweight.transforms._contract import Context
 from flyweight.transforms._grid import grid
 from flyweight.transforms._options import require
-from flyweight.transforms._quantized import QuantizedLayer, quantized
+from flyweight.transforms._quantized import QuantizedLayer, quantized, rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,9 @@ class Options:
     def __post_init__(self) -> None:
         """Check the ranges."""
         require(self.bits in (8, 4), "bits", "8 or 4", self.bits)
-        require(self.group in (None, 16, 32, 64, 128, 256), "group", "16, 32, 64, 128, 256 or None", self.group)
+        require(
+            self.group in (None, 16, 32, 64, 128, 256), "group", "16, 32, 64, 128, 256 or None", self.group
+        )
         require(self.symmetric or self.bits == 4, "symmetric", "true at 8 bits", self.symmetric)
 
 
@@ -49,7 +51,7 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
         return "it is quantized already"
     if options.bits == 4 and site.kind != "linear":
         return "4 bits are for linear layers here; use 8 bits"
-    inputs = module.get_parameter("weight").flatten(1).shape[1]
+    inputs = rows(module, site.kind).shape[1]
     if options.group is not None and inputs % options.group:
         return f"its {inputs} inputs do not divide into groups of {options.group}"
     return None

@@ -1,0 +1,191 @@
+"""Which layers are sites, what they cost, and what one pass over the examples says of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from flyweight.analysis.sites import analyse, kind_of, model_bytes, plain_site
+from flyweight.errors import DataError
+from flyweight.inputs.check import run
+from flyweight.testing.zoo import ZOO, missing
+
+
+class Net(nn.Module):
+    """A module whose forward is a function."""
+
+    def __init__(self, forward: Callable[..., Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.body = forward
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.body(self, *args, **kwargs)
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(16, 16)
+
+
+def test_costs_are_exact() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 8, 3, groups=8, bias=False), nn.Flatten(),
+        nn.Linear(8 * 4, 5),
+    ).eval()  # fmt: skip
+    found = analyse(model, [torch.randn(2, 3, 8, 8), torch.randn(5, 3, 8, 8)])
+    by_name = {site.name: site for site in found.sites}
+    assert by_name["0"].macs == 2 * 8 * 4 * 4 * 3 * 9 and by_name["0"].parameters == 8 * 3 * 9 + 8
+    assert by_name["1"].macs == 2 * 8 * 2 * 2 * 9 and by_name["1"].bytes == 4 * 8 * 9
+    assert by_name["3"].macs == 2 * 32 * 5 and by_name["3"].kind == "linear"
+    assert found.macs == sum(site.macs for site in found.sites)
+    assert found.bytes == model_bytes(model) == 4 * (216 + 8 + 72 + 160 + 5)
+
+
+def test_a_sequence_counts_every_place() -> None:
+    found = analyse(nn.Sequential(nn.Embedding(10, 16), nn.Linear(16, 4)), [torch.randint(10, (2, 7))])
+    assert [(site.kind, site.macs) for site in found.sites] == [("embedding", 0), ("linear", 2 * 7 * 16 * 4)]
+
+
+def test_statistics_are_those_of_all_examples() -> None:
+    model, examples = nn.Sequential(linear()).eval(), [torch.randn(4, 16), 3 * torch.randn(2, 16)]
+    seen = analyse(model, examples).statistics["0"]
+    every = torch.cat(examples)
+    assert seen.input.low == float(every.min()) and seen.input.high == float(every.max())
+    assert torch.allclose(seen.energy, every.square().mean(0))
+    assert seen.output.high == pytest.approx(float(model(every).detach().max()), rel=1e-5)
+    assert sorted(seen.input.sample.tolist()) == sorted(every.flatten().tolist())
+
+
+def test_energy_of_a_convolution_is_per_channel() -> None:
+    x = torch.randn(3, 4, 5, 5)
+    seen = analyse(nn.Sequential(nn.Conv2d(4, 2, 3)), [x]).statistics["0"]
+    assert torch.allclose(seen.energy, x.square().mean((0, 2, 3)))
+
+
+def test_a_layer_used_twice_merges_both_inputs() -> None:
+    model = Net(lambda self, x: self.a(10 * self.a(x)), a=linear())
+    x = torch.randn(4, 16)
+    found = analyse(model, [x])
+    seen = found.statistics["a"]
+    assert seen.calls == 2 and found.sites[0].macs == 2 * 4 * 16 * 16
+    assert seen.input.high == pytest.approx(max(float(x.max()), float((10 * model.a(x).detach()).max())), rel=1e-5)
+
+
+class OwnPadding(nn.Conv2d):
+    """Pads by itself, so that its size is that of TensorFlow's."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.conv2d(functional.pad(x, (1, 2, 1, 2)), self.weight, self.bias, self.stride)
+
+
+def test_a_subclass_that_pads_by_itself_is_a_site() -> None:
+    found = analyse(nn.Sequential(OwnPadding(3, 4, 4)), [torch.randn(1, 3, 8, 8)])
+    assert [site.kind for site in found.sites] == ["conv"] and found.statistics["0"].own_input
+
+
+def test_a_circular_padding_changes_what_the_operation_sees() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"))
+    assert not analyse(model, [torch.randn(1, 3, 8, 8)]).statistics["0"].own_input
+
+
+def test_the_model_itself_and_layers_called_by_keyword_are_sites() -> None:
+    assert analyse(linear(), [torch.randn(2, 16)]).sites[0].name == ""
+    assert len(analyse(Net(lambda self, x: self.a(input=x), a=linear()), [torch.randn(2, 16)]).sites) == 1
+
+
+def test_an_input_without_a_batch() -> None:
+    model = Net(lambda self, x: self.a(x[0])[None], a=linear())
+    x = torch.randn(1, 16)
+    assert torch.allclose(analyse(model, [x]).statistics["a"].energy, x[0].square())
+
+
+def tied() -> nn.Module:
+    model = Net(lambda self, x: self.b(self.a(x)), a=nn.Embedding(16, 16), b=nn.Linear(16, 16, bias=False))
+    model.b.weight = model.a.weight
+    return model
+
+
+TOKENS, VECTORS, IMAGES = torch.randint(16, (2, 3)), torch.randn(2, 16), torch.randn(1, 3, 8, 8)
+LEFT = {
+    "tied": (tied, TOKENS, {"a": "tied with b", "b": "tied with a"}),
+    "functional": (lambda: Net(lambda self, x: functional.linear(self.a(x), self.a.weight.t()), a=linear()), VECTORS,
+                   {"a": "also used by t"}),
+    "outside": (lambda: Net(lambda self, x: functional.linear(x, self.a.weight), a=linear()), VECTORS,
+                {"a": "outside its own forward"}),
+    "output": (lambda: Net(lambda self, x: {"y": self.a(x), "w": self.a.weight}, a=linear()), VECTORS,
+               {"a": "an output of the model"}),
+    "idle": (lambda: Net(lambda self, x: self.a(x), a=linear(), b=linear()), VECTORS, {"b": "no example ran it"}),
+    "max_norm": (lambda: nn.Sequential(nn.Embedding(16, 4, max_norm=1.0)), TOKENS, {"0": "max_norm"}),
+    "attention": (lambda: Net(lambda self, x: self.a(x, x, x)[0], a=nn.MultiheadAttention(16, 2)), torch.randn(2, 3, 16),
+                  {"a.out_proj": "multi_head_attention_forward"}),
+    "no batch": (lambda: Net(lambda self, x: self.a(x[0])[None], a=nn.Conv2d(3, 4, 3)), IMAGES, {"a": "no batch dimension"}),
+    "bag": (lambda: nn.Sequential(nn.EmbeddingBag(16, 4)), TOKENS, {}),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), IMAGES, {}),
+    "lstm": (lambda: Net(lambda self, x: self.a(x)[0], a=nn.LSTM(16, 4)), torch.randn(2, 3, 16), {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_no_site_is_left_alone_and_said(name: str) -> None:
+    make, x, reasons = LEFT[name]
+    model = make().eval()
+    found = analyse(model, [x])
+    assert not {site.name for site in found.sites} & set(reasons)
+    for path, why in reasons.items():
+        assert any(note.startswith(f"{path} stays as it is") and why in note for note in found.notes), found.notes
+    if not reasons:
+        assert not found.sites
+
+
+def test_an_encoder_s_layers_are_seen_though_pytorch_would_fuse_them() -> None:
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    before = torch.backends.mha.get_fastpath_enabled()
+    found = analyse(model, [torch.randn(2, 5, 16)])
+    assert [site.name for site in found.sites] == ["linear1", "linear2"]
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+@pytest.mark.parametrize("entry", [entry for entry in ZOO if entry.needs is None], ids=lambda entry: entry.name)
+def test_analysing_leaves_the_model_as_it_is(entry: Any) -> None:
+    model, examples = entry.build().eval(), entry.examples()
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    wanted = run(model, examples[0])
+    random = torch.random.get_rng_state()
+    found = analyse(model, examples)
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
+    assert type(run(model, examples[0])) is type(wanted)
+    again = analyse(model, examples)
+    assert found.sites == again.sites and found.notes == again.notes
+    for name, seen in found.statistics.items():
+        assert torch.equal(seen.output.sample, again.statistics[name].output.sample)
+
+
+def test_gpt2_s_own_linear_layers_are_sites() -> None:
+    entry = next(entry for entry in ZOO if entry.name == "tiny_gpt2")
+    if missing(entry):
+        pytest.skip(str(missing(entry)))
+    found = analyse(entry.build().eval(), list(entry.examples()))
+    kinds = {site.name.split(".", 2)[-1]: site.kind for site in found.sites}
+    assert kinds["0.attn.c_attn"] == kinds["1.mlp.c_proj"] == "linear"
+    assert any("lm_head stays as it is: its weight is tied" in note for note in found.notes)
+
+
+def test_activations_that_are_not_finite_name_the_layer() -> None:
+    model = nn.Sequential(linear(), linear())
+    with torch.no_grad():
+        model[0].bias[3] = float("inf")
+    with pytest.raises(DataError, match="layer 0"):
+        analyse(model, [torch.randn(2, 16)])
+
+
+def test_kinds_are_told_by_class_or_by_the_weight() -> None:
+    assert [kind_of(m) for m in (linear(), nn.Conv1d(2, 2, 1), nn.Embedding(2, 2))] == ["linear", "conv", "embedding"]
+    assert plain_site(nn.Sequential(linear()), "0").kind == "linear"

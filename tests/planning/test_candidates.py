@@ -1,0 +1,105 @@
+"""Which families there are for which model, and what sparing does to a plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from planning.made import site, steps
+from torch import nn
+
+from flyweight.analysis.sites import analyse
+from flyweight.planning.candidates import Candidate, Family, families, sensitivity, uniform
+from flyweight.records import Goal, Plan, Step
+
+FOLDS = [Step("fold_batch_norm", "a", {"norm": "n"})]
+
+
+def names(model: nn.Module, example: torch.Tensor, goal: Goal) -> list[str]:
+    return [family.name for family in families(model.eval(), analyse(model.eval(), [example]).sites, goal)]
+
+
+def test_the_first_family_leaves_the_model_alone() -> None:
+    model = nn.Linear(32, 4)
+    found = families(model, analyse(model, [torch.ones(1, 32)]).sites, Goal())
+    assert (found[0].name, found[0].plan(FOLDS)) == ("float32", Plan())
+    assert len({family.name for family in found}) == len(found)
+    assert all(family.steps for family in found[1:])
+
+
+def test_int4_is_tried_where_size_matters() -> None:
+    assert "int4 weights" not in names(nn.Linear(32, 4), torch.ones(1, 32), Goal(minimize="latency"))
+    assert "int4 weights" in names(nn.Linear(32, 4), torch.ones(1, 32), Goal(minimize="size"))
+
+
+def test_a_model_without_layers_has_one_family() -> None:
+    assert names(nn.LayerNorm(4), torch.ones(1, 4), Goal()) == ["float32"]
+
+
+def test_convolutions_are_never_dynamic() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)).eval()
+    sites = analyse(model, [torch.ones(1, 3, 8, 8)]).sites
+    for family in families(model, sites, Goal()):
+        assert family.steps.get("0", Step("", "")).method != "dynamic_int8"
+
+
+@given(st.lists(st.sampled_from("abcd"), unique=True))
+def test_a_spared_site_is_treated_gentler_or_not_at_all(spared: list[str]) -> None:
+    family = Family("int4", steps("a", "b", "c", "d", bits=4, group=32), steps("a", "b", bits=8))
+    plan = family.plan(FOLDS, spared)
+    found = {step.site: step for step in plan.steps if step.method == "weight_only"}
+    assert plan.steps[0] == FOLDS[0]
+    for name in "abcd":
+        if name not in spared:
+            assert found[name] == family.steps[name]
+        elif name in "ab":
+            assert found[name].options == {"bits": 8}
+        else:
+            assert name not in found
+
+
+def test_a_candidate_says_how_many_layers_it_spares() -> None:
+    candidate = Candidate(Family("int8", steps("a", "b")), "torch")
+    assert candidate.name == "int8"
+    assert candidate.sparing(["a"]).name == "int8, 1 layers spared"
+    assert candidate.sparing(["a"]) == candidate.sparing(["a"]) != candidate
+
+
+def test_every_family_meets_every_runtime_or_there_is_a_reason() -> None:
+    found = [Family("float32"), Family("dynamic int8", steps("a", method="dynamic_int8"))]
+    candidates, reasons = uniform(found, ["torch", "onnxruntime"])
+    assert {(c.family.name, c.runtime) for c in candidates} == {
+        ("float32", "torch"), ("float32", "onnxruntime"), ("dynamic int8", "onnxruntime"),
+    }  # fmt: skip
+    assert len(reasons) == 1
+    assert "slower" in reasons[0]
+
+
+def test_the_site_with_most_damage_for_its_gain_is_spared_first() -> None:
+    sites = [
+        site("small", macs=10, size=10),
+        site("large", macs=1000, size=1000),
+        site("table", macs=0, size=3000),
+    ]
+    family = Family("int8", steps("small", "large", "table"))
+    assert sensitivity(family, sites, {"small": 0.1, "large": 0.1, "table": 0.0}) == [
+        "small",
+        "large",
+        "table",
+    ]
+    assert sensitivity(family, sites, {"large": 0.5, "small": 0.001}) == [
+        "large",
+        "small",
+    ]  # table is not known
+    gentler = Family("int8", steps("small", "large"), steps("small"))
+    assert sensitivity(gentler, sites, {"small": 0.1, "large": 0.1}) == [
+        "large"
+    ]  # sparing small changes nothing
+
+
+@pytest.mark.parametrize("goal", [Goal(), Goal(minimize="size")])
+def test_options_are_written_as_a_plan_takes_them(goal: Goal) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    for family in families(model, analyse(model, [torch.ones(2, 32)]).sites, goal):
+        assert Plan.from_json(family.plan(()).to_json()) == family.plan(())

@@ -1,0 +1,72 @@
+"""Damage of single layers: measured as it is meant, and the model is left as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from planning.made import steps
+from torch import nn
+
+from flyweight.analysis.sites import analyse
+from flyweight.inputs.check import digest
+from flyweight.planning.damage import damages
+from flyweight.records import Plan
+from flyweight.transforms import Context, apply
+
+DATA = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4)).eval()
+
+
+def test_damage_is_the_relative_squared_change_of_the_output(model: nn.Sequential) -> None:
+    found = analyse(model, [DATA])
+    context, chosen = Context(found.statistics), steps("0", "2", bits=4, group=32, symmetric=False)
+    before, modules = digest(model.state_dict()), list(model.modules())
+    result = damages(model, found.sites, chosen, context, [DATA], seconds=60)
+    for name, step in chosen.items():
+        with torch.no_grad():
+            wanted, changed = model(DATA), apply(model, Plan((step,)), found.sites, context)(DATA)
+        assert result[name] == pytest.approx(
+            float((changed - wanted).square().sum() / wanted.square().sum()), rel=1e-3
+        )
+    assert digest(model.state_dict()) == before
+    assert list(model.modules()) == modules  # the very same objects
+
+
+def test_eight_bits_hurt_less_than_four(model: nn.Sequential) -> None:
+    found = analyse(model, [DATA])
+    results = [
+        damages(
+            model,
+            found.sites,
+            steps("0", bits=bits, symmetric=bits == 8),
+            Context(found.statistics),
+            [DATA],
+            seconds=60,
+        )
+        for bits in (8, 4)
+    ]
+    assert 0 < results[0]["0"] < results[1]["0"] / 20
+
+
+def test_sites_that_the_time_does_not_reach_are_missing(model: nn.Sequential) -> None:
+    found = analyse(model, [DATA])
+    assert damages(model, found.sites, steps("0", "2"), Context(found.statistics), [DATA], seconds=0) == {}
+
+
+def test_a_step_that_fails_leaves_the_model_whole(model: nn.Sequential) -> None:
+    class Fragile(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if type(self[0]) is not nn.Linear:
+                raise RuntimeError("changed")
+            return super().forward(x)
+
+    fragile = Fragile(*model).eval()
+    found = analyse(fragile, [DATA])
+    with pytest.raises(RuntimeError, match="changed"):
+        damages(fragile, found.sites, steps("0"), Context(found.statistics), [DATA], seconds=60)
+    assert type(fragile[0]) is nn.Linear

@@ -1,0 +1,149 @@
+"""What ONNX Runtime makes of a graph: the same numbers, and integers where integers were meant."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from runtimes import nets
+from safetensors import safe_open
+from torch import nn
+
+from flyweight.errors import DataError, ModelError
+from flyweight.inputs.check import run
+from flyweight.runtimes import onnxruntime as runtime
+from flyweight.runtimes._constants import INLINE
+
+pytest.importorskip("onnxruntime")
+
+TEXT_METHODS: list[tuple[str, dict[str, Any], float]] = [
+    ("weight_only", {}, 1e-5),
+    ("weight_only", {"bits": 4, "group": 32, "symmetric": False}, 1e-5),
+    ("weight_only", {"bits": 4, "group": 32}, 1e-5),
+    ("weight_only", {"bits": 4}, 1e-5),
+    ("weight_only", {"bits": 4, "symmetric": False}, 1e-5),
+    ("weight_only", {"group": 16}, 1e-5),
+    ("dynamic_int8", {}, 2e-2),
+    ("static_int8", {}, 2e-2),
+]
+
+
+def operations(folder: Path, session: Any, saved: Path) -> Counter[str]:
+    """The operations of the graph as ONNX Runtime runs it."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(saved)
+    options.log_severity_level = 4
+    for key, value in session.items():
+        options.add_session_config_entry(key, value)
+    onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    return Counter(node.op_type for node in onnx.load(str(saved), load_external_data=False).graph.node)
+
+
+@pytest.mark.parametrize(("method", "options", "tolerance"), TEXT_METHODS, ids=str)
+def test_a_text_model_gives_what_pytorch_gives(
+    method: str, options: dict[str, Any], tolerance: float, tmp_path: Path
+) -> None:
+    model = nets.changed(nets.words(), nets.TEXTS, method, options)
+    predict = nets.prepared("onnxruntime", model, nets.TEXTS, tmp_path)
+    for batch in (*nets.TEXTS, nets.text(5, 3), nets.text(1, 1)):
+        wanted, found = run(model, batch), predict(batch)
+        assert type(found) is nets.Answer and found.nothing is None and found.number == 3.5
+        assert nets.gap(wanted.logits, found.logits) < tolerance
+        assert nets.gap(wanted.parts[0], found.parts[0]) < tolerance
+        assert found.parts[1][0].shape == () and float(found.parts[1][0]) == float(wanted.parts[1][0])
+
+
+def test_every_convolution_becomes_integer(tmp_path: Path) -> None:
+    model = nets.changed(nets.pictures(), nets.IMAGES, "static_int8", folds=nets.FOLDS)
+    predict = nets.prepared("onnxruntime", model, nets.IMAGES, tmp_path)
+    for batch in (*nets.IMAGES, nets.images(3)):
+        assert nets.gap(run(model, batch), predict(batch)) < 3e-2
+    found = operations(tmp_path, predict.session, tmp_path / "optimized")
+    assert found["QLinearConv"] == 3 and not found["Conv"] + found["FusedConv"] + found["Pad"] + found["Relu"]
+    assert not found["BatchNormalization"] and not found["Clip"]
+
+
+def test_dynamic_layers_multiply_integers_and_share_their_input_s_rounding(tmp_path: Path) -> None:
+    model = nets.changed(nets.words(), nets.TEXTS, "dynamic_int8")
+    predict = nets.prepared("onnxruntime", model, nets.TEXTS, tmp_path)
+    found = operations(tmp_path, predict.session, tmp_path / "optimized")
+    integer = found["DynamicQuantizeMatMul"] + found["MatMulIntegerToFloat"] + found["MatMulInteger"]
+    assert integer == 3 and found["MatMul"] <= 1  # the tied head
+
+
+def test_stored_integers_are_decoded_at_load(tmp_path: Path) -> None:
+    model = nets.changed(nets.pictures(), nets.IMAGES, "weight_only", folds=nets.FOLDS)
+    predict = nets.prepared("onnxruntime", model, nets.IMAGES, tmp_path)
+    assert set(predict.session) == set(runtime.SESSION)
+    found = operations(tmp_path, predict.session, tmp_path / "optimized")
+    assert found["Conv"] + found["FusedConv"] == 3 and not found["QLinearConv"] + found["DequantizeLinear"]
+
+
+@pytest.mark.parametrize("method", ["weight_only", "static_int8", "dynamic_int8"])
+def test_weights_are_stored_once_and_outside_the_graph(method: str, tmp_path: Path) -> None:
+    model = nets.changed(nets.words(), nets.TEXTS, method)
+    nets.prepared("onnxruntime", model, nets.TEXTS, tmp_path)
+    graph = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False).graph
+    size, places = (tmp_path / "weights.safetensors").stat().st_size, []
+    for item in graph.initializer:
+        if item.data_location == onnx.TensorProto.EXTERNAL:
+            at = {entry.key: entry.value for entry in item.external_data}
+            assert at["location"] == "weights.safetensors" and int(at["offset"]) + int(at["length"]) <= size
+            places.append(int(at["offset"]))
+        else:
+            assert item.ByteSize() <= INLINE + 200
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        held = sum(file.get_tensor(key).nbytes for key in file.keys())  # noqa: SIM118
+    state = {t.data_ptr(): t.nbytes for t in model.state_dict().values()}
+    assert held <= sum(state.values()) + 64
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (torch.zeros(1, 3, 12, 13), ["1x3x12x13", "anyx3x12x12", "input"]),
+        (torch.zeros(3, 12, 12), ["3x12x12", "input"]),
+    ],
+)
+def test_wrong_shapes_are_refused(batch: torch.Tensor, words: list[str], tmp_path: Path) -> None:
+    predict = nets.prepared("onnxruntime", nets.pictures(), nets.IMAGES, tmp_path)
+    with pytest.raises(DataError) as error:
+        predict(batch)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_wrong_keys_are_refused(tmp_path: Path) -> None:
+    predict = nets.prepared("onnxruntime", nets.words(), nets.TEXTS, tmp_path)
+    with pytest.raises(DataError, match="first example's keys"):
+        predict({"tokens": torch.zeros(1, 2, dtype=torch.long)})
+
+
+def test_other_sizes_than_the_examples_need_examples_that_vary(tmp_path: Path) -> None:
+    predict = nets.prepared("onnxruntime", nets.words(), nets.TEXTS, tmp_path)
+    assert {name: shape for name, _, shape in predict.inputs} == {
+        "tokens": (None, None), "mask": (None, None), "unused": (None, 2),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("method", [None, "weight_only", "dynamic_int8", "static_int8"])
+def test_other_dtypes_are_refused_by_name(dtype: torch.dtype, method: str | None, tmp_path: Path) -> None:
+    x = torch.randn(2, 16).to(dtype)
+    model = nn.Sequential(nn.Linear(16, 4, bias=False)).to(dtype).eval()
+    model = nets.changed(model, [x], method) if method else model
+    with pytest.raises(ModelError, match=r"must be in float32.*model\.float\(\)"):
+        nets.prepared("onnxruntime", model, [x], tmp_path)
+
+
+def test_a_model_that_cannot_be_exported_says_so_quietly(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    layer = nn.Linear(4, 4)
+    model = nets.Function(lambda self, x: self.a(x) if float(x.sum()) > 0 else x, a=layer).eval()
+    with pytest.raises(ModelError, match="exportable to ONNX.*--runtime torch"):
+        nets.prepared("onnxruntime", model, [torch.randn(1, 4)], tmp_path)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,242 @@
+"""The search on worlds whose truth is known: what it finds, what it spares, and what it does not spend time on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planning.made import ORIGINAL, measured, site, steps, survey
+
+from flyweight.evaluation.bench import Survey
+from flyweight.planning.candidates import Candidate, Family
+from flyweight.records import Goal, Measured, Trial
+from flyweight.search.hunt import REPAIRS, Hunt, Tools, first_guess
+
+GOAL = Goal(max_drop=0.01)
+SITES = tuple(f"layer{i}" for i in range(8))
+
+
+@dataclass
+class World:
+    """A made-up truth, and what the search asked of it. A spared layer gives back its drop and an eighth of the speed."""
+
+    speed: Mapping[str, float]
+    """Of each family, with no layer spared."""
+    drops: Mapping[str, Sequence[float]]
+    """Of each family: what each layer costs; none: nothing."""
+    goal: Goal = GOAL
+    half: float = 0.0
+    patience: int = 10**6
+    """Surveys and scores that the time allows."""
+    failing: frozenset[str] = frozenset()
+    scored: list[str] = field(default_factory=list)
+    surveyed: list[str] = field(default_factory=list)
+
+    def hunt(self) -> Hunt:
+        """Search this world to its end."""
+        tools = Tools(
+            self._survey, self._measure, self._skip, self._damages, lambda: self._spent() / self.patience
+        )
+        found = Hunt(self.goal, ORIGINAL, [site(name) for name in SITES], tools)
+        found.run([self.candidate(name) for name in self.speed])
+        return found
+
+    def candidate(self, name: str) -> Candidate:
+        return Candidate(Family(name, steps(*SITES) if self.drops.get(name) else {}), "torch")
+
+    def truth(self, name: str, spared: Sequence[str] = ()) -> tuple[float, float]:
+        """(speedup, drop)."""
+        drops = dict(zip(SITES, self.drops.get(name, ()), strict=False))
+        speed = 1 + (self.speed[name] - 1) * (1 - len(spared) / len(SITES))
+        return speed, sum(drop for layer, drop in drops.items() if layer not in spared)
+
+    def _spent(self) -> int:
+        return len(self.scored) + len(self.surveyed)
+
+    def _survey(self, candidate: Candidate) -> Survey:
+        self.surveyed.append(candidate.name)
+        speed, _ = self.truth(candidate.family.name, candidate.spared)
+        return survey(
+            speed, int(1000 / max(speed, 0.1)), "no kernel" if candidate.name in self.failing else ""
+        )
+
+    def _measure(self, candidate: Candidate) -> Trial:
+        self.scored.append(candidate.name)
+        speed, drop = self.truth(candidate.family.name, candidate.spared)
+        size = int(1000 / max(speed, 0.1))
+        return trial(
+            candidate,
+            measured(candidate.name, self.goal, speedup=speed, drop=drop, half=self.half, bytes=size),
+        )
+
+    def _skip(self, candidate: Candidate, reason: str) -> Trial:
+        return trial(candidate, None, reason)
+
+    def _damages(self, family: Family) -> dict[str, float]:
+        return dict(zip(SITES, self.drops[family.name], strict=True))
+
+
+def trial(candidate: Candidate, found: Measured | None, reason: str = "") -> Trial:
+    return Trial(
+        number=0,
+        name=candidate.name,
+        runtime="torch",
+        plan=candidate.family.plan((), candidate.spared),
+        state="measured" if found else "skipped",
+        reason=reason,
+        measured=found,
+        seconds=0.0,
+    )
+
+
+EVEN = [0.001] * 8
+HARSH = [0.05, 0.002, 0.002, 0.001, 0.001, 0.001, 0.001, 0.001]
+
+
+def test_the_fastest_within_the_bound_is_found() -> None:
+    world = World({"float32": 1.5, "int8": 3.0, "int4": 2.0}, {"int8": EVEN, "int4": EVEN})
+    best = world.hunt().best
+    assert best is not None
+    assert best.name == "int8"
+
+
+def test_one_harsh_layer_is_spared_and_no_more() -> None:
+    world = World({"float32": 1.2, "int8": 4.0}, {"int8": HARSH})
+    hunt = world.hunt()
+    assert hunt.best is not None
+    assert hunt.best.name == "int8, 1 layers spared"
+    assert hunt.best.drop <= GOAL.max_drop
+    spared = next(c.spared for c, t in hunt.trials.items() if t.measured is hunt.best)
+    assert spared == ("layer0",)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.floats(0.0, 0.02), min_size=8, max_size=8))
+def test_as_few_layers_are_spared_as_the_bound_needs(drops: list[float]) -> None:
+    """Along the order of damage, fewer would break the bound: bisection over 8 layers needs at most REPAIRS scores."""
+    world = World({"float32": 1.01, "int8": 5.0}, {"int8": [drop + 1e-6 for drop in drops]})
+    best = world.hunt().best
+    ordered = sorted(world.drops["int8"], reverse=True)
+    needed = next(n for n in range(9) if sum(ordered[n:]) <= GOAL.max_drop)
+    assert best is not None
+    if needed == 0:
+        assert best.name == "int8"
+    elif needed < 8:
+        assert best.name == f"int8, {needed} layers spared"
+    assert sum("int8" in name for name in world.scored) <= 1 + REPAIRS
+
+
+def test_a_broken_bound_that_no_sparing_mends_is_left() -> None:
+    world = World({"float32": 1.2, "int8": 4.0}, {"int8": [0.5] * 8})
+    best = world.hunt().best
+    assert best is not None
+    assert best.drop <= GOAL.max_drop
+    assert sum("int8" in name for name in world.scored) <= 1 + REPAIRS
+
+
+def test_what_cannot_win_is_not_scored() -> None:
+    """Slower than the original, or than what keeps the bound already; the time for alternatives is used up here."""
+    world = World(
+        {"float32": 3.0, "slow": 0.5, "slower than the best": 2.0},
+        {"slow": EVEN, "slower than the best": EVEN},
+    )
+    world.patience = 7
+    hunt = world.hunt()
+    assert world.scored == ["float32"]
+    reasons = {c.name: t.reason for c, t in hunt.trials.items()}
+    assert reasons["slow"] == "not faster than the original: 0.50 x"
+    assert (
+        reasons["slower than the best"] == "2.00 x, and float32 on torch reaches 3.00 x within the contract"
+    )
+
+
+def test_what_is_slower_than_the_original_is_never_scored() -> None:
+    world = World(
+        {"float32": 1.5, **{f"slow {i}": 0.9 for i in range(5)}}, {f"slow {i}": EVEN for i in range(5)}
+    )
+    world.hunt()
+    assert not any("slow" in name for name in world.scored)
+
+
+def test_a_family_that_is_faster_and_broken_is_repaired_though_another_keeps_the_bound() -> None:
+    world = World({"float32": 1.2, "int8": 2.0, "int4": 6.0}, {"int8": EVEN, "int4": HARSH})
+    best = world.hunt().best
+    assert best is not None
+    assert best.name == "int4, 1 layers spared"
+
+
+def test_a_repair_that_could_not_win_is_not_begun() -> None:
+    world = World({"float32": 1.2, "int8": 5.0, "int4": 5.2}, {"int8": EVEN, "int4": [0.5] * 8})
+    world.hunt()
+    assert not any("spared" in name for name in world.scored)
+
+
+def test_a_candidate_that_cannot_run_is_left_out_with_its_reason() -> None:
+    world = World({"float32": 1.5, "int8": 3.0}, {"int8": EVEN}, failing=frozenset({"int8"}))
+    hunt = world.hunt()
+    assert "int8" not in world.scored
+    assert next(t.reason for c, t in hunt.trials.items() if c.name == "int8") == "no kernel"
+    assert hunt.best is not None
+    assert hunt.best.name == "float32"
+
+
+def test_the_exact_candidate_is_scored_first_so_that_something_is_safe() -> None:
+    world = World({"int8": 5.0, "float32": 1.5}, {"int8": EVEN})
+    world.hunt()
+    assert world.scored[:2] == ["float32", "int8"]
+
+
+@pytest.mark.parametrize("patience", range(12))
+def test_the_search_ends_in_time_whenever_that_is(patience: int) -> None:
+    """What is begun is finished; nothing is begun afterwards, and what was surveyed has an answer."""
+    names = {"float32": 1.2, "a": 4.0, "b": 3.0, "c": 2.0}
+    world = World(names, dict.fromkeys("abc", HARSH), patience=max(patience, 1))
+    if patience == 0:
+        world.scored.append("the time was up before")
+    hunt = world.hunt()
+    assert world._spent() <= max(patience, 1) + 1  # a repair surveys and scores at a time
+    for candidate in hunt.surveys:
+        assert candidate in hunt.trials or candidate.spared
+    if patience == 0:
+        assert hunt.trials == {}
+
+
+def test_an_interval_that_cannot_tell_keeps_the_bound_open() -> None:
+    """Unresolved is not met: the search goes on with sparing, and does not call it the best."""
+    world = World({"float32": 1.2, "int8": 4.0}, {"int8": EVEN}, half=0.02)
+    best = world.hunt().best
+    assert best is None or best.drop_interval.high <= GOAL.max_drop  # type: ignore[union-attr]
+
+
+def test_the_size_may_be_the_goal() -> None:
+    world = World({"float32": 1.5, "int8": 3.0}, {"int8": EVEN}, goal=replace(GOAL, minimize="size"))
+    best = world.hunt().best
+    assert best is not None
+    assert (best.name, best.bytes) == ("int8", 333)
+
+
+def test_the_same_world_gives_the_same_search() -> None:
+    def once() -> tuple[list[str], list[str]]:
+        world = World({"float32": 1.2, "a": 4.0, "b": 3.9}, {"a": HARSH, "b": EVEN})
+        world.hunt()
+        return world.scored, world.surveyed
+
+    assert once() == once()
+
+
+@pytest.mark.parametrize(
+    ("damages", "drop", "expected"),
+    [
+        ([8.0, 1.0, 1.0], 0.02, 1),  # half of the sum must go; the first alone is more than that
+        ([1.0] * 8, 0.02, 4),
+        ([1.0] * 8, 1.0, 4),  # at most half of the layers at first
+        ([1.0] * 8, 0.011, 1),
+        ([], 0.02, 1),
+        ([0.0, 0.0], 0.02, 1),
+    ],
+)
+def test_the_first_guess_takes_drops_to_add_up(damages: list[float], drop: float, expected: int) -> None:
+    assert first_guess(damages, measured("int8", GOAL, drop=drop), GOAL) == expected

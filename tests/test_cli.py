@@ -1,0 +1,172 @@
+"""The command line where all goes well; bad_inputs/ holds the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flyweight.cli import duration, main, percent, read_plan
+from flyweight.errors import UsageError
+from flyweight.evaluation import timing
+from flyweight.records import Goal, Plan, Result, Step
+
+TASK = """
+import torch
+from torch import nn
+from flyweight import Task
+
+def task() -> Task:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 5)).eval()
+    data = torch.randn(40, 32)
+    return Task(name="small", model=model, examples=[data], score=lambda p: (1 - 0.01 * p(data).square().mean(1)).tolist())
+"""
+PLAN = Plan(
+    (Step("weight_only", "0"), Step("weight_only", "2", {"bits": 4, "group": 32, "symmetric": False}))
+)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = timing.race
+    monkeypatch.setattr(timing, "race", lambda first, second, seconds=0.0: real(first, second, 0.02))
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> str:
+    (tmp_path / "mine.py").write_text(TASK)
+    return str(tmp_path / "mine.py")
+
+
+def test_from_a_task_to_a_report(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert (
+        main(["optimize", task, "--runtime", "torch", "--max-drop", "2%", "--within", "1m", "-o", str(out)])
+        == 0
+    )
+    said = capsys.readouterr()
+    result = Result.from_json(json.loads((out / "result.json").read_text()))
+    assert said.out.startswith(f"{result.status}: ")
+    assert "study.db" in said.out
+    assert "looking for the best" in said.err
+    assert (result.goal.max_drop, result.goal.within) == (0.02, 60)
+    assert {path.name for path in out.iterdir()} == {"result.json", "report.html", "study.db", "best"}
+
+    page = (out / "report.html").read_text()
+    (out / "report.html").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.html").read_text() == page
+    assert capsys.readouterr().out == said.out
+
+    assert main(["optimize", task, "--runtime", "torch", "--max-drop", "2%", "-o", str(out), "--resume"]) == 0
+    assert Result.from_json(json.loads((out / "result.json").read_text())).best.plan == result.best.plan
+
+    assert main(["verify", str(out / "best")]) == 0
+    assert "sound: " in capsys.readouterr().out
+
+
+def test_a_recipe_becomes_an_artifact_that_can_be_judged(
+    task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(PLAN.to_json()))
+    out = tmp_path / "out"
+    assert (
+        main(["apply", task, "--recipe", str(tmp_path / "recipe.json"), "--runtime", "torch", "-o", str(out)])
+        == 0
+    )
+    said = capsys.readouterr().out
+    assert "2 steps applied" in said
+    size = sum(path.stat().st_size for path in (out / "best").iterdir())
+    assert f"{size:,} bytes" in said
+    assert main(["evaluate", task, str(out / "best")]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[0] for line in said.splitlines()[1:3]] == ["original", "artifact"]
+    assert "on torch" in said
+    assert "other weights" not in said
+    assert read_plan(str(out / "best" / "manifest.json")) == PLAN
+
+
+def test_a_model_is_profiled(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", task, "--runtime", "torch"]) == 0
+    said = capsys.readouterr().out
+    rows = {line.split()[0]: line.split() for line in said.splitlines() if line and line[0].isdigit()}
+    assert rows["0"][1:3] == ["linear", f"{(32 * 64 + 64) * 4:,}"]
+    assert rows["2"][-1] == f"{100 * 64 * 5 / (64 * 5 + 32 * 64):.1f}"
+    assert max(map(len, said.splitlines())) <= 110
+
+
+def test_the_original_alone_is_evaluated(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", task]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("original")
+    assert len(lines) == 2
+
+
+def test_a_dry_run_writes_nothing(task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["optimize", task, "--dry-run", "--runtime", "onnxruntime", "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "float32 on onnxruntime" in said
+    assert "at most 20 min" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["", "optimize", "profile", "apply", "evaluate", "verify", "report", "doctor"]
+)
+def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    assert f"usage: flyweight {command}".strip() in capsys.readouterr().out
+
+
+@pytest.mark.heavy
+def test_the_doctor_says_what_is_fast(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for part in ("cores", "torch: ready", "linear layers", "convolutions", "float32"):
+        assert part in said
+
+
+@given(st.floats(0, 0.99999))
+def test_a_drop_is_read_as_a_share_or_in_percent(value: float) -> None:
+    assert percent(f"{value:.12f}") == pytest.approx(value, abs=1e-11)
+    assert percent(f" {100 * value:.12f} % ") == pytest.approx(value, abs=1e-11)
+
+
+@given(st.integers(1, 10**6))
+def test_a_time_has_a_unit_or_is_in_seconds(value: int) -> None:
+    assert duration(f"{value}") == duration(f"{value}s") == value
+    assert duration(f"{value}m") == 60 * value
+    assert duration(f"{value}h") == 3600 * value
+
+
+@given(st.text(max_size=8))
+def test_a_drop_is_read_or_refused(text: str) -> None:
+    try:
+        assert 0 <= percent(text) < 1
+    except UsageError as error:
+        assert error.where == "--max-drop"
+    try:
+        assert duration(text) > 0
+    except UsageError as error:
+        assert error.where == "--within"
+
+
+def test_a_recipe_may_be_a_plan_a_manifest_or_a_result(tmp_path: Path) -> None:
+    plan = PLAN.to_json()
+    for value in (plan, {"plan": plan, "task": "x"}, {"best": {"plan": plan}, "goal": Goal().to_json()}):
+        (tmp_path / "recipe.json").write_text(json.dumps(value))
+        assert read_plan(str(tmp_path / "recipe.json")) == PLAN
+
+
+@pytest.mark.parametrize(
+    "value", [{}, {"best": 3}, {"best": {"plan": []}}, {"plan": None}, None, 1, "x", [[]]]
+)
+def test_what_is_no_recipe_is_refused(tmp_path: Path, value: object) -> None:
+    (tmp_path / "recipe.json").write_text(json.dumps(value))
+    with pytest.raises(UsageError) as caught:
+        read_plan(str(tmp_path / "recipe.json"))
+    assert "recipe.json" in caught.value.where
