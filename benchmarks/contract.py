@@ -128,24 +128,15 @@ def _rows(case: str, result: Result, races: dict[str, timing.Race], details: dic
     speed = {"unit": "x", "better": "higher", "ours": ours.speedup, "ours_interval": interval}
     size = result.best.bytes / result.baseline.bytes
     overhead = 1 - result.seconds_measuring / result.seconds
+    met = float(result.status == "met")
     return [
         Row(case=case, metric="speed-up, eager PyTorch = 1", **speed, aim=CASES[case], reference=1.0),
         Row(case=case, metric="speed-up at <= 1 % drop", **speed, peers=fast, aim=1.0, notes=notes),
-        Row(
-            case=case,
-            metric="file / fp32 file",
-            unit="ratio",
-            better="lower",
-            ours=size,
-            aim=FILE_AIM,
-            reference=1.0,
-        ),
+        Row(case=case, metric="file / fp32 file", **_lower("ratio", size), aim=FILE_AIM, reference=1.0),
         Row(
             case=case,
             metric="overhead of the search",
-            unit="share",
-            better="lower",
-            ours=overhead,
+            **_lower("share", overhead),
             aim=OVERHEAD_AIM,
             reference=1.0,
         ),
@@ -154,11 +145,15 @@ def _rows(case: str, result: Result, races: dict[str, timing.Race], details: dic
             metric="contract met (1 = yes)",
             unit="",
             better="higher",
-            ours=float(result.status == "met"),
+            ours=met,
             aim=1.0,
             reference=1.0,
         ),
     ]
+
+
+def _lower(unit: str, ours: float) -> dict[str, Any]:
+    return {"unit": unit, "better": "lower", "ours": ours}
 
 
 def _pair(interval: Any) -> tuple[float, float]:

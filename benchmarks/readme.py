@@ -5,6 +5,7 @@ With --check it changes nothing and fails when a text is not what the results sa
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+SOURCE = ROOT / "src" / "flyweight"
 RESULTS = ROOT / "benchmarks" / "results"
 PAGES = ("README.md", "docs/optimize.md")
 _LABELS = {
@@ -31,7 +33,8 @@ _PEERS = {
 
 def main() -> int:
     """Write or check every page; returns the exit code."""
-    blocks = {"contract": contract(_load("contract")), "peers": peers(_load("contract"))}
+    found = _load("contract")
+    blocks = {"tree": tree()} | ({"contract": contract(found), "peers": peers(found)} if found else {})
     stale = []
     for name in PAGES:
         path = ROOT / name
@@ -50,6 +53,12 @@ def main() -> int:
                 path.write_text(new)
     print(f"changed: {', '.join(stale)}" if stale else "all pages say what the results say")
     return 1 if stale and "--check" in sys.argv else 0
+
+
+def _between(page: str, key: str, text: str) -> str:
+    """The page with other text between the markers of a key."""
+    pattern = re.compile(rf"(<!-- {key} -->\n).*?(<!-- /{key} -->)", re.DOTALL)
+    return pattern.sub(lambda found: found[1] + text + found[2], page)
 
 
 def contract(document: dict[str, Any]) -> str:
@@ -92,11 +101,35 @@ def peers(document: dict[str, Any]) -> str:
                 continue
             low, high = seen["interval"]
             half = f" ± {seen['half']:.2%}" if "half" in seen else ""
-            lines.append(
-                f"| {label} | {seen['speedup']:.2f} × ({low:.2f} to {high:.2f}) | {seen['drop']:.2%}{half} | {seen['bytes'] / 1e6:.2f} |"
-            )
+            cells = (label, f"{seen['speedup']:.2f} × ({low:.2f} to {high:.2f})", f"{seen['drop']:.2%}{half}")
+            lines.append(f"| {' | '.join(cells)} | {seen['bytes'] / 1e6:.2f} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n\n" + _where(document)
+
+
+def tree() -> str:
+    """The package's folders and files, each with the first clause of its docstring."""
+    lines = ["```", "src/flyweight/"]
+    for path in _ordered(SOURCE):
+        depth = len(path.relative_to(SOURCE).parts)
+        name = "  " * depth + path.name + ("/" if path.is_dir() else "")
+        lines.append(f"{name:<28}{_purpose(path / '__init__.py' if path.is_dir() else path)}")
+    return "\n".join([*lines, "```", ""])
+
+
+def _ordered(folder: Path) -> list[Path]:
+    """Every public file below a folder, files before folders."""
+    found = sorted(
+        (p for p in folder.iterdir() if not p.name.startswith("_")), key=lambda p: (p.is_dir(), p.name)
+    )
+    kept = [p for p in found if p.suffix == ".py" or (p / "__init__.py").exists()]
+    return [q for p in kept for q in (p, *(_ordered(p) if p.is_dir() else ()))]
+
+
+def _purpose(path: Path) -> str:
+    text = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n\n")[0].replace("\n", " ")
+    sentence = re.split(r"(?<=[a-z)])[.;] ", text)[0].rstrip(".")
+    return sentence if len(sentence) <= 104 else re.split(r"[:,] ", sentence[:104])[0]
 
 
 def _where(document: dict[str, Any]) -> str:
@@ -108,7 +141,9 @@ def _where(document: dict[str, Any]) -> str:
 
 
 def _load(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    """A benchmark's results; empty before it was run."""
+    path = RESULTS / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return found
 
 

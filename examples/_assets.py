@@ -23,6 +23,7 @@ from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import IO
 
+import numpy as np
 import torch
 
 from flyweight.errors import MachineError
@@ -85,11 +86,12 @@ def read_idx(folder: Path, name: str) -> torch.Tensor:
     """The uint8 tensor in an idx file of that name, packed by gzip or not; raises MachineError when it is damaged."""
     packed = folder / f"{name}.gz"
     data = gzip.decompress(packed.read_bytes()) if packed.exists() else (folder / name).read_bytes()
-    axes = data[3] if data[:3] == b"\0\0\x08" else 0
-    if axes and len(data) >= 4 + 4 * axes:
+    axes = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
+    start = 4 + 4 * axes
+    if axes and len(data) >= start:
         shape = struct.unpack_from(f">{axes}I", data, 4)
-        if len(data) == 4 + 4 * axes + math.prod(shape):
-            return torch.frombuffer(bytearray(data[4 + 4 * axes :]), dtype=torch.uint8).reshape(shape)
+        if len(data) - start == math.prod(shape):
+            return torch.from_numpy(np.frombuffer(data, np.uint8)[start:].reshape(shape).copy())
     raise MachineError(
         "an idx file must hold as many bytes as its header says", got=f"{len(data)} bytes", where=name
     )
@@ -122,7 +124,9 @@ def unpack(archive: Path, folder: Path) -> None:
             count += 1
             _bounded(total, count, archive)
     except (zipfile.BadZipFile, tarfile.TarError, FileExistsError) as error:
-        raise MachineError("an archive must be sound", got=str(error), where=archive.name) from error
+        raise MachineError(
+            "an archive must be sound", got=str(error).splitlines()[0], where=archive.name
+        ) from error
 
 
 def _place(folder: Path, name: str, archive: Path) -> Path:

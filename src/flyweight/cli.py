@@ -39,14 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FlyweightError as error:
         return _end(str(error), error.exit_code)
     except KeyboardInterrupt as signalled:
-        code, word = (143, "terminated") if isinstance(signalled, _Terminated) else (Interrupted.exit_code, "interrupted")
+        code, word = (
+            (143, "terminated")
+            if isinstance(signalled, _Terminated)
+            else (Interrupted.exit_code, "interrupted")
+        )
         return _end(f"{word}; what optimize had finished is kept: go on with optimize --resume", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (MemoryError, OSError) as error:
         reason = "memory ran out" if isinstance(error, MemoryError) else first_line(error)
-        return _end(f"this machine must have room and rights for the work, got {reason}; the log is {_log()}", 6)
+        return _end(
+            f"this machine must have room and rights for the work, got {reason}; the log is {_log()}", 6
+        )
     except Exception:  # the last border: a defect of ours, told with the place of its log
         return _end(f"a defect of flyweight; please report it with the log {_log()}", 1)
 
@@ -91,14 +97,22 @@ def read_plan(path: str) -> Plan:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        way_out = 'the form is {"flyweight_plan": 1, "steps": [{"method": ..., "site": ..., "options": {...}}]}'
+        way_out = (
+            'the form is {"flyweight_plan": 1, "steps": [{"method": ..., "site": ..., "options": {...}}]}'
+        )
         raise UsageError("a recipe must be JSON", got=str(error)[:120], where=path, way_out=way_out) from None
     if isinstance(value, dict) and "flyweight_plan" not in value:
-        value = value.get("best", value).get("plan", value) if isinstance(value.get("best", value), dict) else value
+        value = (
+            value.get("best", value).get("plan", value)
+            if isinstance(value.get("best", value), dict)
+            else value
+        )
     try:
         return Plan.from_json(value)
     except UsageError as error:
-        raise UsageError(error.rule, got=error.got, where=f"{path}: {error.where}", way_out=error.way_out) from None
+        raise UsageError(
+            error.rule, got=error.got, where=f"{path}: {error.where}", way_out=error.way_out
+        ) from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -133,18 +147,24 @@ def _parser() -> _Parser:
 
 
 def _task(command: _Parser) -> None:
-    command.add_argument("task", metavar="PATH.py[:function]", help="a file with a function that returns flyweight.Task")
+    command.add_argument(
+        "task", metavar="PATH.py[:function]", help="a file with a function that returns flyweight.Task"
+    )
 
 
 def _runtime(command: _Parser) -> None:
     names = ("auto", *discover.methods("runtimes"))
-    command.add_argument("--runtime", default="auto", choices=names, help="where it runs; auto measures all (%(default)s)")
+    command.add_argument(
+        "--runtime", default="auto", choices=names, help="where it runs; auto measures all (%(default)s)"
+    )
     command.add_argument("--seed", default="0", help="seeds every random choice (%(default)s)")
 
 
 def _goal(command: _Parser) -> None:
     command.add_argument("--max-drop", default="1%", help="largest relative drop of the score (%(default)s)")
-    command.add_argument("--minimize", default="latency", choices=OBJECTIVES, help="what gets smaller (%(default)s)")
+    command.add_argument(
+        "--minimize", default="latency", choices=OBJECTIVES, help="what gets smaller (%(default)s)"
+    )
     command.add_argument("--within", default="20m", help="time for the search: 90s, 20m, 1h (%(default)s)")
     _runtime(command)
 
@@ -160,12 +180,16 @@ def _optimize_arguments(command: _Parser) -> None:
     _output(command)
     command.add_argument("--resume", action="store_true", help="go on with the run that OUT holds")
     command.add_argument("--recipe", metavar="FILE", help="measure this plan instead of searching")
-    command.add_argument("--dry-run", action="store_true", help="say what would be tried, and how long it takes")
+    command.add_argument(
+        "--dry-run", action="store_true", help="say what would be tried, and how long it takes"
+    )
 
 
 def _apply_arguments(command: _Parser) -> None:
     _task(command)
-    command.add_argument("--recipe", required=True, metavar="FILE", help="a plan, a manifest or a result.json")
+    command.add_argument(
+        "--recipe", required=True, metavar="FILE", help="a plan, a manifest or a result.json"
+    )
     _runtime(command)
     _output(command)
 
@@ -188,7 +212,11 @@ def _folder_argument(command: _Parser) -> None:
 def _given_goal(given: Any) -> Goal:
     values = {"runtime": given.runtime, "seed": _seed(given.seed)}
     if hasattr(given, "max_drop"):
-        values |= {"max_drop": percent(given.max_drop), "minimize": given.minimize, "within": duration(given.within)}
+        values |= {
+            "max_drop": percent(given.max_drop),
+            "minimize": given.minimize,
+            "within": duration(given.within),
+        }
     return Goal(**values)
 
 
@@ -283,7 +311,11 @@ _COMMANDS: dict[str, tuple[str, _Arguments, Callable[[Any], int]]] = {
     "evaluate": ("score and time a task's model, or an artifact of it", _evaluate_arguments, _evaluate),
     "verify": ("check an artifact to its last byte", _folder_argument, _verify),
     "report": ("write the report of a finished run again", _folder_argument, _report),
-    "doctor": ("say what this machine has and which number formats are fast on it", lambda command: None, _doctor),
+    "doctor": (
+        "say what this machine has and which number formats are fast on it",
+        lambda command: None,
+        _doctor,
+    ),
 }
 
 

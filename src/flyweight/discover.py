@@ -34,7 +34,10 @@ def methods(folder: str) -> Mapping[str, ModuleType]:
             continue
         if name in found:
             raise MachineError(
-                "two methods must not have one name", got=f"{name} twice", where=entry.value, way_out="rename one"
+                "two methods must not have one name",
+                got=f"{name} twice",
+                where=entry.value,
+                way_out="rename one",
             )
         found[name] = entry.load()
     return MappingProxyType(found)

@@ -64,8 +64,15 @@ class Goal:
         _require(_is_number(self.max_drop) and 0 <= self.max_drop < 1, "max_drop", "in [0, 1)", self.max_drop)
         _require(self.minimize in OBJECTIVES, "minimize", f"one of {', '.join(OBJECTIVES)}", self.minimize)
         _require(_is_number(self.within) and self.within > 0, "within", "a time above 0 seconds", self.within)
-        _require(type(self.seed) is int and 0 <= self.seed < 2**32, "seed", "an integer in [0, 2**32)", self.seed)
-        _require(isinstance(self.runtime, str) and self.runtime, "runtime", "a runtime's name or auto", self.runtime)
+        _require(
+            type(self.seed) is int and 0 <= self.seed < 2**32, "seed", "an integer in [0, 2**32)", self.seed
+        )
+        _require(
+            isinstance(self.runtime, str) and self.runtime,
+            "runtime",
+            "a runtime's name or auto",
+            self.runtime,
+        )
 
     def to_json(self) -> dict[str, JSON]:
         """The goal as plain JSON values."""
@@ -133,10 +140,14 @@ class Plan:
         """The plan of `to_json`'s values; raises UsageError that names the place of what is wrong."""
         if not isinstance(value, dict) or set(value) != {"flyweight_plan", "steps"}:
             raise UsageError(
-                'a plan is {"flyweight_plan": 1, "steps": [...]}', got=_short(value), where="the plan's top level"
+                'a plan is {"flyweight_plan": 1, "steps": [...]}',
+                got=_short(value),
+                where="the plan's top level",
             )
         if value["flyweight_plan"] != PLAN_VERSION:
-            raise UsageError(f"this version reads plans of version {PLAN_VERSION}", got=_short(value["flyweight_plan"]))
+            raise UsageError(
+                f"this version reads plans of version {PLAN_VERSION}", got=_short(value["flyweight_plan"])
+            )
         if not isinstance(value["steps"], list):
             raise UsageError("steps must be a list", got=_short(value["steps"]), where="steps")
         return Plan(tuple(_step(item, index) for index, item in enumerate(value["steps"])))
@@ -208,7 +219,10 @@ class Trial:
     def to_json(self) -> dict[str, JSON]:
         """The trial as plain JSON values."""
         return {
-            **{name: getattr(self, name) for name in ("number", "name", "runtime", "state", "reason", "seconds")},
+            **{
+                name: getattr(self, name)
+                for name in ("number", "name", "runtime", "state", "reason", "seconds")
+            },
             "plan": self.plan.to_json(),
             "measured": None if self.measured is None else self.measured.to_json(),
         }
@@ -308,7 +322,9 @@ def _step(item: Any, index: int) -> Step:
         raise UsageError("a step has method, site and options", got=_short(item), where=where)
     for name, kind in (("method", str), ("site", str), ("options", dict)):
         if name in item and not isinstance(item[name], kind):
-            raise UsageError(f"{name} must be {kind.__name__}", got=_short(item[name]), where=f"{where}.{name}")
+            raise UsageError(
+                f"{name} must be {kind.__name__}", got=_short(item[name]), where=f"{where}.{name}"
+            )
     return Step(item["method"], item["site"], item.get("options", {}))
 
 

@@ -39,7 +39,10 @@ def profile(task: Task, goal: Goal) -> str:
     names, missing = sessions.runtimes(goal.runtime)
     with _begun(task, goal) as session:
         found = session.analysis
-        lines = [f"{task.name}: {found.bytes / 1e6:,.1f} MB, {found.macs / 1e6:,.1f} M multiplications a prediction", ""]
+        lines = [
+            f"{task.name}: {found.bytes / 1e6:,.1f} MB, {found.macs / 1e6:,.1f} M multiplications a prediction",
+            "",
+        ]
         lines += _layer_table(found.sites, found.bytes, found.macs)
         lines += ["", *_survey_table(session.bench, [(Family("float32"), names)], session)]
         return "\n".join([*lines, *_said([*missing, *session.notes])])
@@ -60,7 +63,10 @@ def dry_run(task: Task, goal: Goal, recipe: Plan | None = None) -> str:
     lines = [f"{task.name}: one score takes {once:.1f} s; {len(candidates)} candidates would be timed:", ""]
     lines += [f"  {c.name} on {c.runtime}" for c in candidates]
     about = len(candidates) * 5 + 8 * (once + 6)
-    lines += ["", f"then the promising ones scored: about {about / 60:.0f} min, at most {goal.within / 60:.0f} min"]
+    lines += [
+        "",
+        f"then the promising ones scored: about {about / 60:.0f} min, at most {goal.within / 60:.0f} min",
+    ]
     return "\n".join([*lines, *_said([*missing, *reasons, *session.notes])])
 
 
@@ -75,15 +81,24 @@ def apply(task: Task, recipe: Plan, goal: Goal, out: Path, *, force: bool = Fals
         plan, added = session.completed(recipe)
         transforms.check(session.task.model, plan, session.analysis.sites)
         methods = frozenset(step.method for step in plan.steps)
-        fit = [n for n in names if goal.runtime != "auto" or (not _refused(n, methods) and n not in SLOW_RUNTIMES)]
+        fit = [
+            n
+            for n in names
+            if goal.runtime != "auto" or (not _refused(n, methods) and n not in SLOW_RUNTIMES)
+        ]
         surveys = {name: session.bench.survey(name, plan, 1.0) for name in fit}
         able = {name: survey for name, survey in surveys.items() if not survey.failure}
         if not able:
-            raise UsageError("some runtime must run the model", got="; ".join(s.failure for s in surveys.values()))
+            raise UsageError(
+                "some runtime must run the model", got="; ".join(s.failure for s in surveys.values())
+            )
         chosen = max(able, key=lambda name: able[name].speedup)
         total = write(session, chosen, plan, None, out / "best")
         speed = f"{able[chosen].speedup:.2f} x as fast as the original, {session.analysis.bytes / total:.2f} x smaller"
-        lines = [f"{len(plan.steps)} steps applied; {speed}, on {chosen}", f"artifact in {out / 'best'}, {total:,} bytes"]
+        lines = [
+            f"{len(plan.steps)} steps applied; {speed}, on {chosen}",
+            f"artifact in {out / 'best'}, {total:,} bytes",
+        ]
         lines += ["its quality was not judged: flyweight evaluate does that"]
         return "\n".join([*lines, *_said([*missing, *added, *session.notes])])
 
@@ -96,18 +111,29 @@ def evaluate(task: Task, artifact: Path | None, seed: int) -> str:
     task, notes = check(task)
     with _threads():
         batch = task.examples[0]
-        scores, run = judge(task.score, caller(task.model), seed), functools.partial(caller(task.model), batch)
+        scores, run = (
+            judge(task.score, caller(task.model), seed),
+            functools.partial(caller(task.model), batch),
+        )
         lines = [f"{'':<12}{'score':>10}  {'95 % interval':<20}{'latency':>12}"]
         if artifact is None:
-            return "\n".join([*lines, _score_line("original", scores, timing.race(run, run).first_ms), *_said(notes)])
+            return "\n".join(
+                [*lines, _score_line("original", scores, timing.race(run, run).first_ms), *_said(notes)]
+            )
         predict, said = _opened(artifact, task)
         race = timing.race(run, functools.partial(predict, batch))
         found = judge(task.score, predict, seed)
     drop = compare(scores, found)
     lines += [_score_line("original", scores, race.first_ms), _score_line("artifact", found, race.second_ms)]
-    lines += ["", f"drop {drop.value:.3%}{_between(drop.interval)}, {race.speedup:.2f} x as fast on {said.runtime}"]
+    lines += [
+        "",
+        f"drop {drop.value:.3%}{_between(drop.interval)}, {race.speedup:.2f} x as fast on {said.runtime}",
+    ]
     if said.model_digest != digest(task.model.state_dict()):
-        notes = (*notes, "the artifact was made from other weights than the task's model has: the drop is between the two")
+        notes = (
+            *notes,
+            "the artifact was made from other weights than the task's model has: the drop is between the two",
+        )
     return "\n".join([*lines, *_said(notes)])
 
 
@@ -115,7 +141,9 @@ def verify(folder: Path) -> str:
     """Check an artifact to its last byte; raises ArtifactError that says what is wrong."""
     found = spec.read(folder)
     said = found.manifest
-    lines = [f"sound: {folder}, {found.bytes:,} bytes in {len(found.files)} files, {len(found.tensors)} tensors"]
+    lines = [
+        f"sound: {folder}, {found.bytes:,} bytes in {len(found.files)} files, {len(found.tensors)} tensors"
+    ]
     lines += [f"{said.task} for {said.runtime}, {len(said.plan.steps)} steps; digest {found.digest}"]
     return "\n".join([*lines, *_said(found.notes)])
 
@@ -124,10 +152,12 @@ def doctor() -> str:
     """What this machine has, and how fast each number format is on it, measured in a few seconds."""
     here = machine()
     found = here["instructions"]
-    flags = ", ".join(map(str, found)) if isinstance(found, list) else ""
+    flags = (", ".join(map(str, found)) if isinstance(found, list) else "") or "no vector flags known"
+    memory = int(str(here["memory_bytes"])) / 2**30
     lines = [
-        f"{here['processor']}, {here['cores']} cores, {int(str(here['memory_bytes'])) / 2**30:.1f} GiB, {flags or 'no vector flags known'}",
-        f"python {here['python']}, " + ", ".join(f"{name} {version}" for name, version in sessions.versions().items()),
+        f"{here['processor']}, {here['cores']} cores, {memory:.1f} GiB, {flags}",
+        f"python {here['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in sessions.versions().items()),
         "",
     ]
     lines += [_fill(f"{name}: {reason or 'ready'}") for name, reason in _availability()]
@@ -138,7 +168,11 @@ def doctor() -> str:
             model = session.bench.build(Plan(session.folds))
             ways = families(model, session.analysis.sites, Goal())
             able = [(way, [n for n in names if not _refused(n, way.methods)]) for way in ways]
-            lines += ["", f"{title} (speed against eager PyTorch with float32)", *_survey_table(session.bench, able, session)]
+            lines += [
+                "",
+                f"{title} (speed against eager PyTorch with float32)",
+                *_survey_table(session.bench, able, session),
+            ]
     return "\n".join(lines)
 
 
@@ -168,7 +202,9 @@ def _layer_table(sites: Sequence[Site], size: int, macs: int) -> list[str]:
     for site in sites:
         name = site.name if len(site.name) <= 41 else "..." + site.name[-38:]
         share = 100 * site.macs / macs if macs else 0.0
-        lines.append(f"{name:<42}{site.kind:<10}{site.bytes:>12,} {100 * site.bytes / size:>4.0f}{share:>7.1f}")
+        lines.append(
+            f"{name:<42}{site.kind:<10}{site.bytes:>12,} {100 * site.bytes / size:>4.0f}{share:>7.1f}"
+        )
     rest = size - sum(site.bytes for site in sites)
     return [*lines, f"{'everything else':<52}{rest:>12,} {100 * rest / size:>4.0f}"]
 
@@ -200,7 +236,10 @@ def _opened(folder: Path, task: Task) -> tuple[Predict, spec.Manifest]:
     try:
         predict(task.examples[0])
     except Exception as error:  # a runtime refuses another model's input with errors of its own
-        rule, way_out = "the artifact must take the task's examples", f"it was made for the task {said.task!r}"
+        rule, way_out = (
+            "the artifact must take the task's examples",
+            f"it was made for the task {said.task!r}",
+        )
         raise ArtifactError(rule, got=first_line(error), where=str(folder), way_out=way_out) from error
     return predict, said
 
@@ -233,12 +272,24 @@ def _fill(text: str) -> str:
 
 def _linear_task() -> Task:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512), nn.GELU(), nn.Linear(512, 512))
-    return Task(name="linear layers", model=model, examples=[torch.randn(128, 512)], score=lambda predict: 1.0)
+    model = nn.Sequential(
+        nn.Linear(512, 1024), nn.GELU(), nn.Linear(1024, 512), nn.GELU(), nn.Linear(512, 512)
+    )
+    return Task(
+        name="linear layers", model=model, examples=[torch.randn(128, 512)], score=lambda predict: 1.0
+    )
 
 
 def _convolution_task() -> Task:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 1)]
+    layers = [
+        nn.Conv2d(32, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 1),
+    ]
     model = nn.Sequential(*layers)
-    return Task(name="convolutions", model=model, examples=[torch.randn(1, 32, 56, 56)], score=lambda predict: 1.0)
+    return Task(
+        name="convolutions", model=model, examples=[torch.randn(1, 32, 56, 56)], score=lambda predict: 1.0
+    )

@@ -22,7 +22,9 @@ X, W, B = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3), torch.randn(4)
 )
 def test_operands_of_a_convolution(args: tuple[object, ...], kwargs: dict[str, object]) -> None:
     x, weight, bias, layout = operands(OPERATIONS[functional.conv2d], args, kwargs)
-    assert x is X and weight is W and bias is B
+    assert x is X
+    assert weight is W
+    assert bias is B
     assert layout == {"stride": 2, "padding": 1, "dilation": 1, "groups": 1}
 
 
@@ -35,12 +37,15 @@ def test_operands_of_the_others() -> None:
 
 def test_the_watch_tells_own_uses_from_others() -> None:
     layer, seen, other = nn.Linear(3, 3), [], []
-    with Watch(owners(layer), lambda path, call: seen.append(call.kind), lambda path, name: other.append(name)):
+    with Watch(
+        owners(layer), lambda path, call: seen.append(call.kind), lambda path, name: other.append(name)
+    ):
         layer(torch.randn(2, 3))
         layer.weight * 2
         torch.stack([layer.weight, layer.weight])
         layer.weight.shape  # noqa: B018  # a look at the shape is no use
-    assert seen == ["linear"] and other == ["mul", "stack"]
+    assert seen == ["linear"]
+    assert other == ["mul", "stack"]
 
 
 @pytest.mark.parametrize("before", [True, False])

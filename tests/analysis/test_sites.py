@@ -40,9 +40,12 @@ def test_costs_are_exact() -> None:
     ).eval()  # fmt: skip
     found = analyse(model, [torch.randn(2, 3, 8, 8), torch.randn(5, 3, 8, 8)])
     by_name = {site.name: site for site in found.sites}
-    assert by_name["0"].macs == 2 * 8 * 4 * 4 * 3 * 9 and by_name["0"].parameters == 8 * 3 * 9 + 8
-    assert by_name["1"].macs == 2 * 8 * 2 * 2 * 9 and by_name["1"].bytes == 4 * 8 * 9
-    assert by_name["3"].macs == 2 * 32 * 5 and by_name["3"].kind == "linear"
+    assert by_name["0"].macs == 2 * 8 * 4 * 4 * 3 * 9
+    assert by_name["0"].parameters == 8 * 3 * 9 + 8
+    assert by_name["1"].macs == 2 * 8 * 2 * 2 * 9
+    assert by_name["1"].bytes == 4 * 8 * 9
+    assert by_name["3"].macs == 2 * 32 * 5
+    assert by_name["3"].kind == "linear"
     assert found.macs == sum(site.macs for site in found.sites)
     assert found.bytes == model_bytes(model) == 4 * (216 + 8 + 72 + 160 + 5)
 
@@ -56,7 +59,8 @@ def test_statistics_are_those_of_all_examples() -> None:
     model, examples = nn.Sequential(linear()).eval(), [torch.randn(4, 16), 3 * torch.randn(2, 16)]
     seen = analyse(model, examples).statistics["0"]
     every = torch.cat(examples)
-    assert seen.input.low == float(every.min()) and seen.input.high == float(every.max())
+    assert seen.input.low == float(every.min())
+    assert seen.input.high == float(every.max())
     assert torch.allclose(seen.energy, every.square().mean(0))
     assert seen.output.high == pytest.approx(float(model(every).detach().max()), rel=1e-5)
     assert sorted(seen.input.sample.tolist()) == sorted(every.flatten().tolist())
@@ -73,8 +77,11 @@ def test_a_layer_used_twice_merges_both_inputs() -> None:
     x = torch.randn(4, 16)
     found = analyse(model, [x])
     seen = found.statistics["a"]
-    assert seen.calls == 2 and found.sites[0].macs == 2 * 4 * 16 * 16
-    assert seen.input.high == pytest.approx(max(float(x.max()), float((10 * model.a(x).detach()).max())), rel=1e-5)
+    assert seen.calls == 2
+    assert found.sites[0].macs == 2 * 4 * 16 * 16
+    assert seen.input.high == pytest.approx(
+        max(float(x.max()), float((10 * model.a(x).detach()).max())), rel=1e-5
+    )
 
 
 class OwnPadding(nn.Conv2d):
@@ -86,7 +93,8 @@ class OwnPadding(nn.Conv2d):
 
 def test_a_subclass_that_pads_by_itself_is_a_site() -> None:
     found = analyse(nn.Sequential(OwnPadding(3, 4, 4)), [torch.randn(1, 3, 8, 8)])
-    assert [site.kind for site in found.sites] == ["conv"] and found.statistics["0"].own_input
+    assert [site.kind for site in found.sites] == ["conv"]
+    assert found.statistics["0"].own_input
 
 
 def test_a_circular_padding_changes_what_the_operation_sees() -> None:
@@ -138,7 +146,9 @@ def test_what_is_no_site_is_left_alone_and_said(name: str) -> None:
     found = analyse(model, [x])
     assert not {site.name for site in found.sites} & set(reasons)
     for path, why in reasons.items():
-        assert any(note.startswith(f"{path} stays as it is") and why in note for note in found.notes), found.notes
+        assert any(note.startswith(f"{path} stays as it is") and why in note for note in found.notes), (
+            found.notes
+        )
     if not reasons:
         assert not found.sites
 
@@ -151,7 +161,9 @@ def test_an_encoder_s_layers_are_seen_though_pytorch_would_fuse_them() -> None:
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-@pytest.mark.parametrize("entry", [entry for entry in ZOO if entry.needs is None], ids=lambda entry: entry.name)
+@pytest.mark.parametrize(
+    "entry", [entry for entry in ZOO if entry.needs is None], ids=lambda entry: entry.name
+)
 def test_analysing_leaves_the_model_as_it_is(entry: Any) -> None:
     model, examples = entry.build().eval(), entry.examples()
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -163,7 +175,8 @@ def test_analysing_leaves_the_model_as_it_is(entry: Any) -> None:
     assert all(torch.equal(tensor, model.state_dict()[key]) for key, tensor in state.items())
     assert type(run(model, examples[0])) is type(wanted)
     again = analyse(model, examples)
-    assert found.sites == again.sites and found.notes == again.notes
+    assert found.sites == again.sites
+    assert found.notes == again.notes
     for name, seen in found.statistics.items():
         assert torch.equal(seen.output.sample, again.statistics[name].output.sample)
 
@@ -187,5 +200,9 @@ def test_activations_that_are_not_finite_name_the_layer() -> None:
 
 
 def test_kinds_are_told_by_class_or_by_the_weight() -> None:
-    assert [kind_of(m) for m in (linear(), nn.Conv1d(2, 2, 1), nn.Embedding(2, 2))] == ["linear", "conv", "embedding"]
+    assert [kind_of(m) for m in (linear(), nn.Conv1d(2, 2, 1), nn.Embedding(2, 2))] == [
+        "linear",
+        "conv",
+        "embedding",
+    ]
     assert plain_site(nn.Sequential(linear()), "0").kind == "linear"

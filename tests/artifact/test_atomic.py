@@ -163,6 +163,7 @@ def test_a_failing_call_leaves_the_old_artifact_or_the_new_one(
                 assert error.exit_code == 6
                 assert "No space left" in error.got
                 assert "make room" in error.way_out
+        assert bench.folder.is_dir()  # not only after a read has put it back
         assert read(bench.folder).digest in bench.digests
         if not failed.errors:
             break

@@ -73,6 +73,8 @@ TABLE: tuple[tuple[str, Callable[[Path], object], tuple[str, ...]], ...] = (
         cut("manifest.json", 400),
         ("manifest.json", "must end with its digest, got 400 bytes"),
     ),
+    ("A2 cut graph", cut("model.onnx", 100), ("model.onnx", "146 bytes, got 100")),
+    ("A3 flipped graph", flip("model.onnx", 60), ("model.onnx", "the file must have the digest")),
     ("A3 flipped weight", flip("weights.safetensors", 300), ("tensor 'layer.weight'", "digest")),
     ("A4 flipped manifest", flip("manifest.json", 30), ("manifest.json", "digest must match its content")),
     (

@@ -5,6 +5,7 @@ FLYWEIGHT_FLIPS sets how many random flips are tried; 20,000 take about a minute
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -111,6 +112,19 @@ def test_swapped_names_are_refused_when_the_files_digest_is_forged(folder: Path)
     raw = raw.replace(b"third.weight", b"other.weight")
     samples.replace_weights(folder, raw)
     assert ".weight'" in refusal(folder).where
+
+
+def test_a_header_that_says_the_same_in_other_words_is_refused(folder: Path) -> None:
+    file = folder / "weights.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    backwards = dict(reversed(json.loads(raw[8 : 8 + size]).items()))
+    header = json.dumps(backwards, separators=(",", ":")).encode().ljust(size)
+    file.write_bytes(samples.safetensors(header, raw[8 + size :]))
+    assert file.stat().st_size == len(raw)
+    error = refusal(folder)
+    assert "the file must have the digest" in error.rule
+    assert "weights.safetensors" in error.where
 
 
 @pytest.mark.parametrize("name", NAMES)

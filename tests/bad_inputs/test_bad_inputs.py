@@ -218,7 +218,7 @@ CONFIGURATION: tuple[Row, ...] = (
     ("C4 a group that does not divide", recipe(step(bits=4, group=64)), 2,
      ("0: its 32 inputs do not divide", "steps[0]")),
     ("C4 bits that the layer does not take", recipe(step("1", bits=4), "grouped"), 2,
-     ("4 bits are for linear layers",)),
+     ("are for linear layers here; use 8 bits",)),
     ("C8 one site twice", recipe({"flyweight_plan": 1, "steps": step()["steps"] * 2}), 2,
      ("one step of each stage", "steps[1]")),
     ("C10 another bound", resumed("score_crash", "--max-drop", "2%"), 2,

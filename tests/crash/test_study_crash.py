@@ -205,7 +205,7 @@ def test_a_full_disk_is_told_and_loses_nothing(folder: Path, figure: Figure) -> 
                 work(path, 60, log)
             outcomes.append("finished")
         except MachineError as error:
-            assert error.exit_code == 6  # noqa: PT017
+            assert error.exit_code == 6
             outcomes.append(str(error).split(" (at")[0])
         assert len(opened(path)) >= len(notes(log))
         assert {name for name in os.listdir(folder) if not name.endswith(".log")} == {f"{attempt}.db"}

@@ -36,7 +36,8 @@ def test_factors_are_the_result_s() -> None:
     best, original = result.best, result.baseline
     assert _view.factor(result, best, "latency") == best.speedup
     assert _view.factor(result, best, "size") == pytest.approx(original.bytes / best.bytes)
-    assert best.peak_memory_bytes and original.peak_memory_bytes
+    assert best.peak_memory_bytes
+    assert original.peak_memory_bytes
     assert _view.factor(result, best, "memory") == pytest.approx(
         original.peak_memory_bytes / best.peak_memory_bytes
     )

@@ -102,12 +102,18 @@ def images(batch: int) -> torch.Tensor:
 
 
 TEXTS, IMAGES = (text(1, 5), text(2, 7)), (images(1), images(4))
-FOLDS = tuple(Step("fold_batch_norm", conv, {"norm": norm}) for conv, norm in (("a", "n"), ("b", "m"), ("c", "o")))
+FOLDS = tuple(
+    Step("fold_batch_norm", conv, {"norm": norm}) for conv, norm in (("a", "n"), ("b", "m"), ("c", "o"))
+)
 
 
-def changed(model: nn.Module, examples: Any, method: str, options: Any = None, folds: tuple[Step, ...] = ()) -> nn.Module:
+def changed(
+    model: nn.Module, examples: Any, method: str, options: Any = None, folds: tuple[Step, ...] = ()
+) -> nn.Module:
     """The model with a method at every site that takes it."""
-    folded = transforms.apply(model, Plan(folds), [transforms.plain_site(model, f.site) for f in folds], Context())
+    folded = transforms.apply(
+        model, Plan(folds), [transforms.plain_site(model, f.site) for f in folds], Context()
+    )
     analysis, module = analyse(folded, examples), discover.method("transforms", method)
     read = module.Options(**(options or {}))
     takes = [s for s in analysis.sites if module.refuse(s, read, folded.get_submodule(s.name)) is None]

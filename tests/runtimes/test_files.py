@@ -19,7 +19,11 @@ from flyweight.transforms._quantized import quantized
 
 
 def test_offsets_point_at_the_bytes(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(5.0), "b": torch.arange(6, dtype=torch.int8).reshape(2, 3).T, "c": torch.zeros(0)}
+    tensors = {
+        "a": torch.arange(5.0),
+        "b": torch.arange(6, dtype=torch.int8).reshape(2, 3).T,
+        "c": torch.zeros(0),
+    }
     places = write_weights(tensors, tmp_path / "w")
     raw = (tmp_path / "w").read_bytes()
     for key, (offset, length) in places.items():
@@ -51,7 +55,9 @@ def test_dicts_are_put_in_the_graph_s_order() -> None:
     assert match({"b": b, "a": a}, ["a", "b"], [(None,), (None,)]) == [a, b]
 
 
-@pytest.mark.parametrize(("bits", "group", "symmetric"), [(8, None, True), (4, 16, False), (4, 16, True), (4, None, False)])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"), [(8, None, True), (4, 16, False), (4, 16, True), (4, None, False)]
+)
 def test_turned_tensors_come_back(bits: int, group: int | None, symmetric: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(quantized(nn.Linear(32, 6), "linear", grid(bits, group, symmetric)))
@@ -69,5 +75,7 @@ def test_turned_tensors_come_back(bits: int, group: int | None, symmetric: bool)
 
 def test_another_model_s_weights_are_refused_with_the_differences() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
-    with pytest.raises(ArtifactError, match=r"0\.bias missing; 1\.x unexpected; 0\.weight has shape \(4, 5\)"):
+    with pytest.raises(
+        ArtifactError, match=r"0\.bias missing; 1\.x unexpected; 0\.weight has shape \(4, 5\)"
+    ):
         load_state(model, {"0.weight": torch.zeros(4, 5), "1.x": torch.zeros(1)}, {})

@@ -28,8 +28,8 @@ def holding(value: Any) -> nn.Module:
 
 
 VALUES: list[Callable[[], Any]] = [
-    lambda: 3, lambda: [1, {"a": (2.5, None)}], lambda: {1, 2}, lambda: Config(3), lambda: torch.arange(3), lambda: torch.relu,
-    lambda: nn.Linear, lambda: Config(4).__init__, lambda: range(3),
+    lambda: 3, lambda: [1, {"a": (2.5, None)}], lambda: {1, 2}, lambda: Config(3), lambda: torch.arange(3),
+    lambda: torch.relu, lambda: nn.Linear, lambda: Config(4).__init__, lambda: range(3),
 ]  # fmt: skip
 
 
@@ -41,7 +41,12 @@ def test_copies_have_one_identity(value: Callable[[], Any]) -> None:
 
 def test_different_values_classes_and_functions_have_different_identities() -> None:
     modules = [holding(value()) for value in VALUES]
-    modules += [holding(Config(5)), holding(torch.arange(1, 4)), holding([1, {"a": (2.5, 0)}]), nn.Linear(2, 2)]
+    modules += [
+        holding(Config(5)),
+        holding(torch.arange(1, 4)),
+        holding([1, {"a": (2.5, 0)}]),
+        nn.Linear(2, 2),
+    ]
     modules += [Function(lambda x: x + 1), Function(lambda x: x + 2), nn.Identity()]
     assert len({identity(module) for module in modules}) == len(modules)
 

@@ -58,7 +58,7 @@ def test_two_layers_that_want_different_grids_of_one_tensor(tmp_path: Path) -> N
     with torch.no_grad():
         body.b.bias += 3
         body.c.bias += 3
-    x = torch.randn(2, 4, 9, 9)
+    x = torch.randn(2, 4, 40, 40)
     x[0, 0, 0, 0] = 20.0  # min-max and percentile differ by far
     model = static(body, [x], {"b": "minmax", "c": "percentile"})
     assert float(model.b.input_scale) > 1.2 * float(model.c.input_scale)

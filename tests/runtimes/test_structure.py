@@ -13,7 +13,7 @@ from flyweight.errors import ModelError
 from flyweight.runtimes import _structure
 
 A, B = torch.zeros(1), torch.ones(2)
-Pair = collections.namedtuple("Pair", "first second")  # noqa: PYI024
+Pair = collections.namedtuple("Pair", "first second")
 OUTPUTS = [
     A, (A, B), [A, (B, None)], {"x": A, "y": {"z": [B]}}, Pair(A, B), nets.Answer(A, (B, [A])), {"n": 3, "s": "a", "t": A},
     collections.OrderedDict(x=A), (), torch.return_types.max((A, B)),

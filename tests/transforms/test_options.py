@@ -17,7 +17,11 @@ def test_only_what_differs_from_the_defaults_is_written() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "words"),
     [
-        (weight_only, {"group": 17}, ["group must be 16, 32, 64, 128, 256 or None", "17", "steps[3].options.group"]),
+        (
+            weight_only,
+            {"group": 17},
+            ["group must be 16, 32, 64, 128, 256 or None", "17", "steps[3].options.group"],
+        ),
         (weight_only, {"group": 32.0}, ["group must be", "float 32.0"]),
         (weight_only, {"symmetric": 1}, ["symmetric must be bool", "int 1"]),
         (weight_only, {"symmetric": False}, ["symmetric must be true at 8 bits"]),
@@ -27,7 +31,9 @@ def test_only_what_differs_from_the_defaults_is_written() -> None:
         (fold_batch_norm, {"colour": 1}, ["unknown option", "it has norm"]),
     ],
 )
-def test_wrong_options_are_refused_by_name(method: object, options: dict[str, object], words: list[str]) -> None:
+def test_wrong_options_are_refused_by_name(
+    method: object, options: dict[str, object], words: list[str]
+) -> None:
     with pytest.raises(UsageError) as error:
         _options.read(method, options, "steps[3].options")  # type: ignore[arg-type]
     for word in words:

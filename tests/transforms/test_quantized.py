@@ -41,7 +41,8 @@ def test_the_layer_computes_with_its_decoded_weight(name: str) -> None:
     rows = decode(found.encoded())
     plain.weight = nn.Parameter(rows.reshape(layer.weight.shape))
     assert torch.equal(found(x), plain(x))
-    assert found.codes.dtype == torch.int8 and found.scales.shape == (layer.weight.shape[0], 1)
+    assert found.codes.dtype == torch.int8
+    assert found.scales.shape == (layer.weight.shape[0], 1)
     assert (found.bias is None) == (getattr(layer, "bias", None) is None)
 
 
@@ -56,7 +57,8 @@ def test_a_transposed_linear_layer_has_scales_per_output() -> None:
 
     layer = seeded(Turned)
     found = quantized(layer, "linear", grid(8, None, True))
-    assert found.scales.shape == (5, 1) and found.weight.shape == (16, 5)
+    assert found.scales.shape == (5, 1)
+    assert found.weight.shape == (16, 5)
     x = torch.randn(3, 16)
     assert torch.equal(found(x), torch.addmm(layer.bias, x, found._decoded()))
 
@@ -64,7 +66,8 @@ def test_a_transposed_linear_layer_has_scales_per_output() -> None:
 def test_four_bits_take_half_a_byte() -> None:
     layer = seeded(lambda: nn.Linear(64, 8))
     found = quantized(layer, "linear", grid(4, 32, False))
-    assert found.codes.shape == (8, 32) and found.codes.dtype == torch.uint8
+    assert found.codes.shape == (8, 32)
+    assert found.codes.dtype == torch.uint8
     assert found.zeros.shape == found.scales.shape == (8, 2)
     error = (found._decoded() - layer.weight).abs().reshape(8, 2, 32)
     assert bool((error <= found.scales[..., None] * 1.01).all())
@@ -81,7 +84,9 @@ def test_dynamic_rounding_is_dynamic_quantize_linear() -> None:
     assert np.allclose(layer._round(x).numpy(), (codes - zero) * scale, atol=1e-6)
 
 
-@pytest.mark.parametrize("x", [torch.zeros(2, 16), torch.full((2, 16), 3.0), torch.full((2, 16), -3.0), torch.zeros(0, 16)])
+@pytest.mark.parametrize(
+    "x", [torch.zeros(2, 16), torch.full((2, 16), 3.0), torch.full((2, 16), -3.0), torch.zeros(0, 16)]
+)
 def test_dynamic_rounding_takes_constant_and_empty_inputs(x: torch.Tensor) -> None:
     layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).dynamic()
     assert torch.allclose(layer._round(x), x, atol=1e-6)
@@ -99,7 +104,9 @@ def test_static_rounding_is_quantize_linear() -> None:
 def test_rounding_does_not_write_into_its_input() -> None:
     x = torch.randn(4, 16)
     kept = x.clone()
-    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).static((0.02, 128), None)
+    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).static(
+        (0.02, 128), None
+    )
     layer(x)
     assert torch.equal(x, kept)
 
@@ -118,7 +125,9 @@ def test_the_bias_of_a_dead_channel_still_fits_into_32_bits() -> None:
 
 
 def test_keyword_arguments_are_rounded_too() -> None:
-    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).static((0.5, 128), None)
+    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).static(
+        (0.5, 128), None
+    )
     x = torch.randn(2, 16)
     assert torch.equal(layer(input=x), layer(x))
 
@@ -153,7 +162,9 @@ def test_energy_of_grouped_convolutions_is_left_out() -> None:
 def test_a_shell_has_all_but_the_weight() -> None:
     layer = nn.Linear(16, 4)
     hollow = shell(layer)
-    assert hollow.weight is None and torch.equal(hollow.bias, layer.bias) and layer.weight is not None
+    assert hollow.weight is None
+    assert torch.equal(hollow.bias, layer.bias)
+    assert layer.weight is not None
     assert hollow.bias.data_ptr() != layer.bias.data_ptr()
 
 

@@ -25,7 +25,9 @@ def test_min_max_covers_what_was_seen(scale: float) -> None:
     model, x, layer = built(Options(range="minmax"), scale)
     step = float(layer.input_scale)
     assert step == pytest.approx(float(x.max() - x.min()) / 255, rel=1e-5)
-    assert float((layer._round(x) - x).abs().max()) <= step * 0.5001 + step * 0.5  # the zero point is rounded too
+    assert (
+        float((layer._round(x) - x).abs().max()) <= step * 0.5001 + step * 0.5
+    )  # the zero point is rounded too
     with torch.no_grad():
         assert float((layer(x) - model(x)).norm() / model(x).norm()) < 0.03
 

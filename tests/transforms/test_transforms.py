@@ -15,7 +15,9 @@ from flyweight.transforms import Context, QuantizedLayer, apply, check, plain_si
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3)
+    ).eval()
 
 
 SITES = [plain_site(net(), path) for path in ("0", "4")]
@@ -28,13 +30,15 @@ def test_structure_comes_first_whatever_the_order_of_the_steps() -> None:
     seen = Context(analyse(apply(net(), Plan((FOLD,)), SITES, Context()), [x]).statistics)
     first, last = (apply(net(), Plan(steps), SITES, seen) for steps in ((FOLD, *QUANTIZE), (*QUANTIZE, FOLD)))
     assert torch.equal(first(x), last(x))
-    assert isinstance(first[0], QuantizedLayer) and isinstance(first[1], nn.Identity)
+    assert isinstance(first[0], QuantizedLayer)
+    assert isinstance(first[1], nn.Identity)
 
 
 def test_the_model_is_not_changed_and_comes_back_in_eval_mode() -> None:
     model = net().train()
     found = apply(model, Plan(tuple(QUANTIZE)), SITES, Context())
-    assert model.training and isinstance(model[0], nn.Conv2d)
+    assert model.training
+    assert isinstance(model[0], nn.Conv2d)
     assert not any(module.training for module in found.modules())
 
 
@@ -42,7 +46,8 @@ def test_an_empty_plan_is_a_copy() -> None:
     model = net()
     found = apply(model, Plan(), [], Context())
     x = torch.randn(2, 3, 5, 5)
-    assert torch.equal(found(x), model(x)) and found is not model
+    assert torch.equal(found(x), model(x))
+    assert found is not model
 
 
 def test_modules_that_are_shared_stay_shared() -> None:
@@ -50,7 +55,8 @@ def test_modules_that_are_shared_stay_shared() -> None:
     model = nn.ModuleDict({"a": layer, "b": layer, "c": nn.Linear(4, 4)})
     new = nn.Linear(4, 4)
     found = substitute(model, {"a": new})
-    assert found["a"] is found["b"] is new and found["c"] is not model["c"]
+    assert found["a"] is found["b"] is new
+    assert found["c"] is not model["c"]
 
 
 def test_the_model_itself_may_be_the_site() -> None:
@@ -64,17 +70,29 @@ def test_the_model_itself_may_be_the_site() -> None:
     [
         ([Step("weight_onli", "4")], ["unknown method", "did you mean weight_only"]),
         ([Step("weight_only", "nowhere")], ["'nowhere'", "steps[0]", "2 sites"]),
-        ([Step("weight_only", "4", {"bitz": 4})], ["unknown option", "'bitz'", "did you mean bits", "steps[0].options"]),
+        (
+            [Step("weight_only", "4", {"bitz": 4})],
+            ["unknown option", "'bitz'", "did you mean bits", "steps[0].options"],
+        ),
         ([Step("weight_only", "4", {"bits": "4"})], ["bits must be int", "str '4'"]),
         ([Step("weight_only", "4", {"bits": 3})], ["bits must be 8 or 4", "3", "steps[0].options.bits"]),
         ([Step("weight_only", "4", {"bits": True})], ["bits must be int", "bool True"]),
-        ([Step("weight_only", "4"), Step("static_int8", "4")], ["one step of each stage", "two for 4", "steps[1]"]),
+        (
+            [Step("weight_only", "4"), Step("static_int8", "4")],
+            ["one step of each stage", "two for 4", "steps[1]"],
+        ),
         ([Step("weight_only", "4", {"bits": 4, "group": 32})], ["weight_only does not fit 4", "36 inputs"]),
         ([Step("dynamic_int8", "0")], ["dynamic_int8 does not fit 0", "static_int8"]),
         ([Step("fold_batch_norm", "0")], ["norm must be the path of a batch norm"]),
-        ([Step("fold_batch_norm", "0", {"norm": "2"})], ["fold_batch_norm does not fit 0", "running statistics", "'2'"]),
+        (
+            [Step("fold_batch_norm", "0", {"norm": "2"})],
+            ["fold_batch_norm does not fit 0", "running statistics", "'2'"],
+        ),
         ([Step("fold_batch_norm", "0", {"norm": "gone"})], ["fold_batch_norm does not fit 0", "'gone'"]),
-        ([Step("fold_batch_norm", "4", {"norm": "1"})], ["fold_batch_norm does not fit 4", "only convolutions"]),
+        (
+            [Step("fold_batch_norm", "4", {"norm": "1"})],
+            ["fold_batch_norm does not fit 4", "only convolutions"],
+        ),
     ],
 )
 def test_refusals_name_the_rule_the_place_and_the_way_out(steps: list[Step], words: list[str]) -> None:
@@ -96,7 +114,7 @@ def test_every_method_keeps_the_contract_s_form() -> None:
     from flyweight import discover
 
     for name, method in discover.methods("transforms").items():
-        assert method.__doc__ and "arXiv" in method.__doc__, name
+        assert "arXiv" in (method.__doc__ or ""), name
         for part in ("Options", "levels", "refuse", "replace"):
             assert hasattr(method, part), f"{name} has no {part}"
     assert set(transforms.ORDER) <= set(discover.methods("transforms"))

@@ -23,8 +23,17 @@ def test_levels_go_from_gentle_to_small() -> None:
     [
         (nn.Linear(64, 4), Options(bits=4, group=32), None),
         (nn.Linear(40, 4), Options(bits=4, group=32), "its 40 inputs do not divide into groups of 32"),
-        (nn.Conv2d(4, 4, 3), Options(bits=4), "4 bits are for linear layers here; use 8 bits"),
-        (nn.Conv2d(16, 4, 2), Options(group=64), None),
+        (
+            nn.Conv2d(4, 4, 3),
+            Options(bits=4),
+            "4 bits and groups are for linear layers here; use 8 bits without groups",
+        ),
+        (
+            nn.Conv2d(16, 4, 2),
+            Options(group=64),
+            "4 bits and groups are for linear layers here; use 8 bits without groups",
+        ),
+        (nn.Linear(64, 4), Options(group=64), None),
         (nn.Embedding(5, 32), Options(), None),
     ],
 )
@@ -49,4 +58,5 @@ def test_eight_bits_keep_every_weight_within_half_a_step_and_four_bits_cost_half
     eight = weight_only.replace(model, site, Options(), Context())["0"]
     assert bool(((eight._decoded() - model[0].weight).abs() <= eight.scales * 0.50001).all())
     four = weight_only.replace(model, site, Options(bits=4, group=32, symmetric=False), Context())["0"]
-    assert four.codes.numel() == 64 * 32 // 2 and four.scales.numel() == four.zeros.numel() == 64
+    assert four.codes.numel() == 64 * 32 // 2
+    assert four.scales.numel() == four.zeros.numel() == 64

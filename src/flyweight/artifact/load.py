@@ -32,12 +32,18 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
             sites.append(plain_site(model, step.site))
         except AttributeError:
             raise ArtifactError(
-                "the artifact must belong to the model", got=f"a model without the layer {step.site}", where=str(folder)
+                "the artifact must belong to the model",
+                got=f"a model without the layer {step.site}",
+                where=str(folder),
             ) from None
     try:
-        rebuilt = transforms.apply(copy.deepcopy(model).eval(), artifact.manifest.plan, sites, transforms.Context())
+        rebuilt = transforms.apply(
+            copy.deepcopy(model).eval(), artifact.manifest.plan, sites, transforms.Context()
+        )
     except UsageError as error:
-        raise ArtifactError("the artifact must belong to the model", got=str(error), where=str(folder)) from error
+        raise ArtifactError(
+            "the artifact must belong to the model", got=str(error), where=str(folder)
+        ) from error
     load_state(rebuilt, spec.tensors(artifact), artifact.manifest.layouts)
     return rebuilt
 
@@ -65,7 +71,9 @@ def load_predictor(folder: str | Path) -> Predictor:
 
     def call(batch: Batch) -> Any:
         values = match(batch, [spec.name for spec in said.inputs], [spec.shape for spec in said.inputs])
-        found = run({spec.name: v.detach().cpu().numpy() for spec, v in zip(said.inputs, values, strict=True)})
+        found = run(
+            {spec.name: v.detach().cpu().numpy() for spec, v in zip(said.inputs, values, strict=True)}
+        )
         return _structure.restore(said.outputs, map(torch.from_numpy, found))
 
     return Predictor(

@@ -77,7 +77,9 @@ class Bench:
         found = self._judge(self._original)
         if found.mean == 0:
             way_out = "shift or scale the score, so that the original's is not 0"
-            raise DataError("the original's score must not be 0", got="0", where="Task.score", way_out=way_out)
+            raise DataError(
+                "the original's score must not be 0", got="0", where="Task.score", way_out=way_out
+            )
         self.original = found
         return found
 
@@ -118,7 +120,9 @@ class Bench:
         except FlyweightError as error:
             return Survey(speedup=0, speedup_high=0, latency_ms=0, bytes=0, failure=str(error))
         batch = self.task.examples[0]
-        race = self._race(functools.partial(self._original, batch), functools.partial(predictor, batch), seconds)
+        race = self._race(
+            functools.partial(self._original, batch), functools.partial(predictor, batch), seconds
+        )
         return Survey(
             speedup=race.speedup,
             speedup_high=race.speedup_interval.high,
@@ -212,7 +216,9 @@ class Bench:
             raise ModelError(f"{predictor.runtime} must run the model", got=first_line(error)) from error
         worst = deviation(run(model, batch), found)
         if not worst < float("inf"):
-            raise ModelError("a runtime's output must be finite", got="NaN or infinity", where=predictor.runtime)
+            raise ModelError(
+                "a runtime's output must be finite", got="NaN or infinity", where=predictor.runtime
+            )
         return worst
 
     def _judge(self, predict: Predict) -> Scores:
@@ -259,7 +265,9 @@ def deviation(wanted: object, found: object) -> float:
         if not one.is_floating_point():
             continue
         one, two = one.detach().double().cpu(), two.detach().double().cpu()
-        if one.shape != two.shape or (bool(torch.isfinite(one).all()) and not bool(torch.isfinite(two).all())):
+        if one.shape != two.shape or (
+            bool(torch.isfinite(one).all()) and not bool(torch.isfinite(two).all())
+        ):
             return float("inf")
         both = torch.isfinite(one) & torch.isfinite(two)
         change = float((one[both] - two[both]).square().sum() / one[both].square().sum().clamp(min=1e-30))

@@ -43,7 +43,9 @@ def _of_file(predictor: Predictor, batch: Batch) -> int | None:
         command = [sys.executable, "-P", _memory_probe.__file__, predictor.runtime]
         given = [str(predictor.files[0]), str(arrays), *settings]
         try:
-            done = subprocess.run([*command, *given], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+            done = subprocess.run(
+                [*command, *given], capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
+            )
         except subprocess.TimeoutExpired:
             return None
     return int(done.stdout) if done.returncode == 0 and done.stdout.strip().isdigit() else None

@@ -44,7 +44,9 @@ class Drop:
 
     def verdict(self, goal: Goal) -> str:
         """met, broken or unresolved: a bound is met or broken only when the interval says so."""
-        low, high = (self.value, self.value) if self.interval is None else (self.interval.low, self.interval.high)
+        low, high = (
+            (self.value, self.value) if self.interval is None else (self.interval.low, self.interval.high)
+        )
         if high <= goal.max_drop:
             return "met"
         return "broken" if low > goal.max_drop else "unresolved"
@@ -65,7 +67,9 @@ def judge(score: Callable[[Predict], float | Sequence[float]], predict: Predict,
     except DataError:
         raise
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise DataError("the task's score must not fail", got=first_line(error), where="Task.score") from error
+        raise DataError(
+            "the task's score must not fail", got=first_line(error), where="Task.score"
+        ) from error
     return _scores(found)
 
 
@@ -127,12 +131,17 @@ def _t(freedom: int) -> float:
 def _scores(found: Any) -> Scores:
     rule = "the task's score must give finite numbers"
     try:
-        values = np.asarray(found.detach().cpu() if isinstance(found, torch.Tensor) else found, dtype=np.float64)
+        values = np.asarray(
+            found.detach().cpu() if isinstance(found, torch.Tensor) else found, dtype=np.float64
+        )
     except (TypeError, ValueError):
         raise DataError(rule, got=f"{type(found).__name__} {str(found)[:60]!r}", where="Task.score") from None
     if isinstance(found, str) or found is None or values.ndim > 1 or values.size == 0:
         raise DataError(
-            rule, got=f"{type(found).__name__} of shape {values.shape}", where="Task.score", way_out="one, or one per sample"
+            rule,
+            got=f"{type(found).__name__} of shape {values.shape}",
+            where="Task.score",
+            way_out="one, or one per sample",
         )
     bad = np.flatnonzero(~np.isfinite(values))
     if len(bad):

@@ -32,10 +32,15 @@ def check_examples(examples: Any) -> tuple[tuple[Batch, ...], list[str]]:
     try:
         found = tuple(examples)
     except Exception as error:  # the user's own sequence may raise anything
-        raise DataError("the examples must be readable", got=first_line(error), where="Task.examples") from error
+        raise DataError(
+            "the examples must be readable", got=first_line(error), where="Task.examples"
+        ) from error
     if not found:
         raise DataError(
-            "calibration needs at least 1 batch", got="0", where="Task.examples", way_out="give a few typical inputs"
+            "calibration needs at least 1 batch",
+            got="0",
+            where="Task.examples",
+            way_out="give a few typical inputs",
         )
     for index, batch in enumerate(found):
         _check_batch(batch, f"examples[{index}]")
@@ -59,11 +64,17 @@ def parts(batch: Any) -> Mapping[str, Any]:
 
 def _check_batch(batch: Any, where: str) -> None:
     if not parts(batch):
-        raise DataError("a batch must hold a tensor", got="none", where=where, way_out="leave the empty batch out")
+        raise DataError(
+            "a batch must hold a tensor", got="none", where=where, way_out="leave the empty batch out"
+        )
     for name, tensor in parts(batch).items():
         place = f"{where}[{name}]" if name else where
         if not isinstance(tensor, torch.Tensor):
-            way_out = "dict(batch) makes a dict" if isinstance(tensor, Mapping) else "torch.as_tensor makes a tensor"
+            way_out = (
+                "dict(batch) makes a dict"
+                if isinstance(tensor, Mapping)
+                else "torch.as_tensor makes a tensor"
+            )
             raise DataError(
                 "a batch is a tensor, a tuple or a dict of tensors",
                 got=type(tensor).__name__,
@@ -86,18 +97,24 @@ def _notes(examples: Sequence[Batch]) -> list[str]:
     for name in parts(examples[0]):
         values = [parts(batch)[name] for batch in examples if name in parts(batch)]
         if all(tensor.is_floating_point() and tensor.numel() for tensor in values):
-            found += _range_note(f"input {name}" if name else "the input", torch.cat([v.flatten().float() for v in values]))
+            found += _range_note(
+                f"input {name}" if name else "the input", torch.cat([v.flatten().float() for v in values])
+            )
     return found
 
 
 def _range_note(name: str, values: torch.Tensor) -> list[str]:
     low, high = (float(v) for v in torch.aminmax(values))
     if low == high and len(values) > 1:
-        return [f"{name} is {low:g} in all examples, a range of 0: what static int8 calibrates on them fits no other input"]
+        return [
+            f"{name} is {low:g} in all examples, a range of 0: what static int8 calibrates on them fits no other input"
+        ]
     step = -(-len(values) // _SAMPLE)
     usual = float(torch.quantile(values[::step].abs(), _USUAL))
     largest = max(-low, high)
     if largest > _FAR * usual > 0:
         rule = "static int8 clips where the squared error is least (range mse)"
-        return [f"{name} reaches {largest:.3g} where {_USUAL:.1%} of its values stay within {usual:.3g}; {rule}"]
+        return [
+            f"{name} reaches {largest:.3g} where {_USUAL:.1%} of its values stay within {usual:.3g}; {rule}"
+        ]
     return []

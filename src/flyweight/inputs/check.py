@@ -40,7 +40,9 @@ def check(task: Task) -> tuple[Task, tuple[str, ...]]:
         model = copy.deepcopy(task.model).eval()
     except Exception as error:  # a module may hold anything
         raise ModelError(
-            "the model must be copyable", got=first_line(error), way_out="keep files, locks and handles outside it"
+            "the model must be copyable",
+            got=first_line(error),
+            way_out="keep files, locks and handles outside it",
         ) from error
     run_example(model, examples, 0)
     return dataclasses.replace(task, model=model, examples=examples), tuple(notes)
@@ -50,19 +52,27 @@ def check_model(model: Any) -> list[str]:
     """Notes on a model; raises ModelError when it is none, has no parameters, or holds NaN or infinite values."""
     if not isinstance(model, nn.Module):
         got = type(model).__name__ + (f" ({len(model)} tensors)" if isinstance(model, Mapping) else "")
-        raise ModelError("the model must be a torch.nn.Module", got=got, way_out="build the class and load the state into it")
+        raise ModelError(
+            "the model must be a torch.nn.Module",
+            got=got,
+            way_out="build the class and load the state into it",
+        )
     tensors = [*model.named_parameters(), *model.named_buffers()]
     if not list(model.parameters()):
         raise ModelError("the model must have parameters", got="none", way_out="there is nothing to optimize")
     lazy = [name for name, p in tensors if isinstance(p, nn.UninitializedParameter) or p.is_meta]
     if lazy:
-        raise ModelError("parameters must be materialized", got=_first(lazy), way_out="load the weights first")
+        raise ModelError(
+            "parameters must be materialized", got=_first(lazy), way_out="load the weights first"
+        )
     places: dict[str, list[str]] = {}
     for name, tensor in tensors:
         places.setdefault(str(tensor.device), []).append(name)
     if len(places) > 1:
         got = ", ".join(f"{device}: {_first(names)}" for device, names in places.items())
-        raise ModelError("all parameters must be on one device", got=got, way_out="move the model to one device")
+        raise ModelError(
+            "all parameters must be on one device", got=got, way_out="move the model to one device"
+        )
     notes = []
     for name, tensor in tensors:
         notes += _finite(name, tensor, mask=not isinstance(tensor, nn.Parameter))
@@ -116,7 +126,8 @@ def run_example(model: nn.Module, examples: Sequence[Batch], index: int) -> Any:
             "the model must accept every example",
             got=first_line(error),
             where=f"examples[{index}], {shape(batch)}",
-            way_out=_cast(model, batch) or "a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)",
+            way_out=_cast(model, batch)
+            or "a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)",
         ) from error
 
 

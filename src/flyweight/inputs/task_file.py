@@ -51,7 +51,9 @@ def _split(reference: str) -> tuple[Path, str]:
     path, name = (Path(head), tail) if head and not whole.exists() else (whole, "")
     if path.is_dir() or not path.exists():
         got = "a folder" if path.is_dir() else "no such file"
-        raise MachineError("a task is a Python file", got=f"{got}: {path}", way_out="give PATH.py or PATH.py:function")
+        raise MachineError(
+            "a task is a Python file", got=f"{got}: {path}", way_out="give PATH.py or PATH.py:function"
+        )
     if path.suffix != ".py":
         raise UsageError("a task is a Python file", got=str(path), way_out="give PATH.py or PATH.py:function")
     return path, name
@@ -65,7 +67,9 @@ def _module(path: Path) -> ModuleType:
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.insert(0, folder)
-    taken = path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) != str(path.resolve())
+    taken = path.stem in sys.modules and getattr(sys.modules[path.stem], "__file__", None) != str(
+        path.resolve()
+    )
     name = f"flyweight_task_{path.stem}" if taken else path.stem
     spec = importlib.util.spec_from_file_location(name, path.resolve())
     if spec is None or spec.loader is None:
@@ -88,7 +92,9 @@ def _module(path: Path) -> ModuleType:
 
 def _place(error: BaseException, path: Path) -> str:
     """The line of the task's file that the error came from."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve()]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path.resolve()
+    ]
     if isinstance(error, SyntaxError) and error.filename == str(path.resolve()):
         return f"{path}, line {error.lineno}"
     return f"{path}, line {frames[-1].lineno}" if frames else ""
@@ -102,7 +108,9 @@ def _function(module: ModuleType, name: str, path: Path) -> Callable[[], Any]:
     }
     if name:
         if name not in found:
-            raise UsageError("no such function in the task file", got=name, where=str(path), way_out=_there_are(found))
+            raise UsageError(
+                "no such function in the task file", got=name, where=str(path), way_out=_there_are(found)
+            )
         return found[name]
     if "task" in found:
         return found["task"]

@@ -47,8 +47,12 @@ class Running:
     @property
     def saturates(self) -> bool:
         """Whether sums of integer products may leave their range: full-range weights on a processor without VNNI."""
-        layers = [m for m in self.twin.modules() if isinstance(m, QuantizedLayer) and m.activations != "float"]
-        return any(m.on.high > 64 for m in layers) and not {"avx512_vnni", "avx_vnni"} & set(map(str, instructions()))
+        layers = [
+            m for m in self.twin.modules() if isinstance(m, QuantizedLayer) and m.activations != "float"
+        ]
+        return any(m.on.high > 64 for m in layers) and not {"avx512_vnni", "avx_vnni"} & set(
+            map(str, instructions())
+        )
 
     @property
     def tolerance(self) -> float:
@@ -94,7 +98,9 @@ def agrees(running: Running) -> None:
         same_form(wanted, found)
         gap = distance(wanted, found)
         if gap > running.tolerance and running.saturates:
-            raise NotApplicable("this processor's 16-bit sums saturate with weights beyond 64: the plan does not pay here")
+            raise NotApplicable(
+                "this processor's 16-bit sums saturate with weights beyond 64: the plan does not pay here"
+            )
         require(gap <= running.tolerance, f"{gap:.3g} from PyTorch, more than {running.tolerance:.3g}")
 
 

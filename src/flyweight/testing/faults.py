@@ -179,7 +179,7 @@ def _record(event: str, args: tuple[object, ...]) -> None:
     if _recorders and event.startswith(_WATCHED):
         subjects = args[1:] if event in _ON_SOCKET else args  # the address, not the socket
         subject = str(subjects[0]) if subjects else ""
-        for seen in list(_recorders):
+        for seen in _recorders:
             seen.events.append((event, subject))
 
 

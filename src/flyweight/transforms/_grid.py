@@ -50,8 +50,9 @@ def encode(
 ) -> Encoded:
     """Round a weight (O, I) to the nearest points of a grid.
 
-    The grid's group must divide I. Below 8 bits the scale of each group minimizes the squared error, weighted by the inputs' energy (I,) where given.
-    No scale is below its channel's floor (O,). All-zero groups get scale 1 and decode to exact zeros.
+    The grid's group must divide I. Below 8 bits the scale of each group minimizes the squared error, weighted by the
+    inputs' energy (I,) where given. No scale is below its channel's floor (O,). All-zero groups get scale 1 and decode to
+    exact zeros.
     """
     groups = _grouped(weight.float(), on.group)  # (O, G, group)
     weights = None if energy is None else _grouped(energy.float()[None], on.group)  # (1, G, group)
@@ -75,7 +76,7 @@ def encode(
 
 def decode(encoded: Encoded) -> torch.Tensor:
     """The float32 weight (O, I) that the integers stand for."""
-    codes = encoded.codes.float().unflatten(1, (encoded.scales.shape[1], -1))
+    codes: torch.Tensor = encoded.codes.float().unflatten(1, (encoded.scales.shape[1], -1))
     if encoded.zeros is not None:
         codes = codes - encoded.zeros[..., None].float()
     return (codes * encoded.scales[..., None]).flatten(1)

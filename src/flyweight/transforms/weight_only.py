@@ -49,8 +49,8 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None."""
     if isinstance(module, QuantizedLayer):
         return "it is quantized already"
-    if options.bits == 4 and site.kind != "linear":
-        return "4 bits are for linear layers here; use 8 bits"
+    if site.kind != "linear" and (options.bits == 4 or options.group is not None):
+        return "4 bits and groups are for linear layers here; use 8 bits without groups"
     inputs = rows(module, site.kind).shape[1]
     if options.group is not None and inputs % options.group:
         return f"its {inputs} inputs do not divide into groups of {options.group}"
