@@ -7,6 +7,8 @@ PYTHON ?= python3
 WORKERS ?= 2
 SOURCES := src examples tests benchmarks
 SPECS := pyproject.toml constraints.txt
+# One thread for each worker: workers that use all cores each would wait for one another.
+PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS)
 PEERS := nncf torchao onnxruntime openvino torch
 
 .PHONY: demo test quick lint peers clean check-python
@@ -15,10 +17,10 @@ demo: .venv/.installed
 	.venv/bin/flyweight optimize examples/minilm.py --max-drop 1% --minimize latency --within 10m -o out/minilm
 
 test: lint
-	.venv/bin/python -m pytest -q -n $(WORKERS)
+	$(PYTEST)
 
 quick: lint
-	.venv/bin/python -m pytest -q -n $(WORKERS) -m "not heavy"
+	$(PYTEST) -m "not heavy"
 
 lint: .venv/.installed
 	.venv/bin/ruff check $(SOURCES)
@@ -46,7 +48,7 @@ endef
 
 check-python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null || \
-	{ echo "flyweight needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo not there)." >&2; \
+	{ echo "flyweight needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there)." >&2; \
 	  echo "Give another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 
 clean:
