@@ -8,8 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -247,15 +249,18 @@ def test_everything_is_synced_before_it_takes_its_place(bench: Bench, way: str) 
     assert "remove" not in [name for name, _ in events[:settled]]
 
 
-def test_readers_see_one_artifact_while_others_write(bench: Bench, way: str) -> None:
-    def rewrite() -> None:
+def test_readers_see_one_artifact_while_others_write(bench: Bench, way: str, tmp_path: Path) -> None:
+    def rewrite(number: int) -> None:
+        (tmp_path / f"started-{number}").touch()
         for _ in range(25):
             bench.put(1)
             bench.put(0)
 
     count = 0
     with ThreadPoolExecutor(2) as pool:
-        writers = [pool.submit(faults.in_child, rewrite) for _ in range(2)]
+        writers = [pool.submit(faults.in_child, partial(rewrite, number)) for number in range(2)]
+        while len(list(tmp_path.glob("started-*"))) < 2:
+            time.sleep(0.01)  # a child must not inherit a lock that a read here holds
         while not all(writer.done() for writer in writers):
             assert read(bench.folder).digest in bench.digests
             count += 1

@@ -210,18 +210,19 @@ def _content(root: int, name: str, limit: int) -> bytes:
 def check_replaceable(folder: Path) -> None:
     """Raise UsageError when `folder` is there and is no artifact, MachineError when that cannot be seen."""
     folder = folder.absolute()
-    try:
-        with disk_errors(folder):
-            if is_there(folder):
-                with opened_folder(folder) as root:
-                    names_in(root)
-    except ArtifactError as error:
-        raise UsageError(
-            "an artifact takes the place of an artifact only",
-            got=f"{error.got}, {error.where}",
-            where=shown(str(folder), 300),
-            way_out="choose another output folder",
-        ) from error
+    with disk_errors(folder):
+        try:
+            with opened_folder(folder) as root:
+                names_in(root)
+        except FileNotFoundError:
+            return
+        except ArtifactError as error:
+            raise UsageError(
+                "an artifact takes the place of an artifact only",
+                got=f"{error.got}, {error.where}",
+                where=shown(str(folder), 300),
+                way_out="choose another output folder",
+            ) from error
 
 
 def _check_names(present: Sequence[str], listed: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from flyweight import discover
+from flyweight.analysis.machine import instructions
 from flyweight.records import JSON, Goal, Plan, Site, Step
 from flyweight.transforms import _options
 
@@ -23,6 +24,8 @@ class Family:
     steps: Mapping[str, Step] = field(default_factory=dict)
     gentler: Mapping[str, Step] = field(default_factory=dict)
     """For a spared site; a site without an entry is left as it is."""
+    variant: Family | None = None
+    """As fast and as large, but rounded otherwise; tried when this family breaks the contract."""
 
     @property
     def methods(self) -> frozenset[str]:
@@ -66,19 +69,37 @@ def families(model: nn.Module, sites: Sequence[Site], goal: Goal) -> list[Family
     found = [Family(_ORIGINAL), Family("int8 weights", stored)]
     if any(step.options for step in small.values()) and goal.minimize != "latency":
         found.append(Family("int4 weights", small, stored))
-    for reduced in (True, False):
-        options: dict[str, JSON] = {} if reduced else {"reduced": False}
-        ending = "" if reduced else ", full range"
-        dynamic = _steps(model, sites, "dynamic_int8", options)
-        static = _steps(model, sites, "static_int8", options)
-        if dynamic:
-            rest = stored | {s.name: static[s.name] for s in sites if s.kind == "conv" and s.name in static}
-            kind = "dynamic int8" if not _has(sites, "conv") else "static and dynamic int8"
-            gentler = stored if not _has(sites, "conv") else {}
-            found.append(Family(kind + ending, rest | dynamic, gentler))
-        if static:
-            found.append(Family("static int8" + ending, stored | static))
+    found += _int8(model, sites, stored)
     return [family for family in found if family.steps or family.name == _ORIGINAL]
+
+
+def _int8(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
+    """Integer arithmetic: with the full range of weights where its sums cannot saturate, else with the reduced range.
+
+    The other range is the variant, since it sometimes rounds better all the same.
+    """
+    full = bool({"avx512_vnni", "avx_vnni", "asimd"} & set(instructions()))
+    first, second = (_ranged(model, sites, stored, reduced=reduced) for reduced in (not full, full))
+    pairs = zip(first, second, strict=True)
+    return [dataclasses.replace(family, variant=variant) for family, variant in pairs]
+
+
+def _ranged(
+    model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step], *, reduced: bool
+) -> list[Family]:
+    options: dict[str, JSON] = {} if reduced else {"reduced": False}
+    ending = "" if reduced else ", full range"
+    dynamic, static = (_steps(model, sites, method, options) for method in ("dynamic_int8", "static_int8"))
+    found = []
+    if dynamic:
+        convolutions = {s.name: static[s.name] for s in sites if s.kind == "conv" and s.name in static}
+        name = "static and dynamic int8" if convolutions else "dynamic int8"
+        # ONNX Runtime decodes stored weights only once where no activation has a fixed range.
+        gentler = {} if convolutions else stored
+        found.append(Family(name + ending, {**stored, **convolutions, **dynamic}, gentler))
+    if static:
+        found.append(Family("static int8" + ending, {**stored, **static}))
+    return found
 
 
 def uniform(found: Sequence[Family], runtimes: Sequence[str]) -> tuple[list[Candidate], list[str]]:
@@ -118,7 +139,3 @@ def _steps(
         for site in sites
         if module.levels(site) and module.refuse(site, read, model.get_submodule(site.name)) is None
     }
-
-
-def _has(sites: Sequence[Site], kind: str) -> bool:
-    return any(site.kind == kind for site in sites)

@@ -7,6 +7,7 @@ sensitive sites are spared, as few as the contract allows, by bisection along th
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -57,7 +58,7 @@ class Hunt:
                 self._try(candidate, forced=candidate is safe)
         for candidate in order:
             if self._worth_repair(candidate):
-                self._repair(candidate)
+                self._mend(candidate)
         self._alternatives(order)
 
     @property
@@ -128,6 +129,20 @@ class Hunt:
         trial = self.trials.get(candidate)
         failed = trial is not None and trial.measured is not None and trial.measured.verdict != "met"
         return failed and bool(candidate.family.steps) and not self._hopeless(candidate)
+
+    def _mend(self, candidate: Candidate) -> None:
+        """Try the family's variant; where that breaks the contract too, repair the better of the two."""
+        better = candidate
+        if candidate.family.variant is not None and self._may_go_on():
+            variant = dataclasses.replace(candidate, family=candidate.family.variant)
+            self.surveys[variant] = self.tools.survey(variant)
+            tried = self._try(variant).measured
+            if tried is not None and tried.verdict == "met":
+                return
+            measured = self.trials[candidate].measured
+            if tried is not None and measured is not None and tried.drop < measured.drop:
+                better = variant
+        self._repair(better)
 
     def _repair(self, candidate: Candidate) -> None:
         """Spare sites, most sensitive first: as few as the contract allows."""
