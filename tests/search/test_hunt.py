@@ -32,6 +32,8 @@ class World:
     patience: int = 10**6
     """Surveys and scores that the time allows."""
     failing: frozenset[str] = frozenset()
+    variants: Mapping[str, str] = field(default_factory=dict)
+    """Family -> its variant, which is not among the uniform candidates."""
     scored: list[str] = field(default_factory=list)
     surveyed: list[str] = field(default_factory=list)
 
@@ -41,11 +43,12 @@ class World:
             self._survey, self._measure, self._skip, self._damages, lambda: self._spent() / self.patience
         )
         found = Hunt(self.goal, ORIGINAL, [site(name) for name in SITES], tools)
-        found.run([self.candidate(name) for name in self.speed])
+        found.run([self.candidate(name) for name in self.speed if name not in self.variants.values()])
         return found
 
     def candidate(self, name: str) -> Candidate:
-        return Candidate(Family(name, steps(*SITES) if self.drops.get(name) else {}), "torch")
+        variant = self.candidate(self.variants[name]).family if name in self.variants else None
+        return Candidate(Family(name, steps(*SITES) if self.drops.get(name) else {}, {}, variant), "torch")
 
     def truth(self, name: str, spared: Sequence[str] = ()) -> tuple[float, float]:
         """(speedup, drop)."""
@@ -166,6 +169,29 @@ def test_a_family_that_is_faster_and_broken_is_repaired_though_another_keeps_the
     best = world.hunt().best
     assert best is not None
     assert best.name == "int4, 1 layers spared"
+
+
+def test_the_variant_is_tried_before_layers_are_spared() -> None:
+    drops = {"int8": HARSH, "full": EVEN}
+    world = World({"float32": 1.2, "int8": 4.0, "full": 4.0}, drops, variants={"int8": "full"})
+    best = world.hunt().best
+    assert best is not None
+    assert best.name == "full"
+    assert not any("spared" in name for name in world.scored)
+
+
+def test_the_better_of_family_and_variant_is_repaired() -> None:
+    drops = {"int8": [0.05] * 8, "full": HARSH}
+    world = World({"float32": 1.2, "int8": 4.0, "full": 4.0}, drops, variants={"int8": "full"})
+    best = world.hunt().best
+    assert best is not None
+    assert best.name == "full, 1 layers spared"
+
+
+def test_a_variant_of_a_family_that_keeps_the_bound_is_not_tried() -> None:
+    world = World({"int8": 4.0, "full": 4.0}, {"int8": EVEN, "full": EVEN}, variants={"int8": "full"})
+    world.hunt()
+    assert "full" not in world.surveyed
 
 
 def test_a_repair_that_could_not_win_is_not_begun() -> None:
