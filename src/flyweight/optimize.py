@@ -150,7 +150,7 @@ class Run:
         return Result(
             task=self.session.task.name,
             status="met" if met else "infeasible",
-            verdict=advice.verdict(best, self.goal, original, met=met),
+            verdict=advice.verdict(best, self.goal, original, met=met, scored=bool(found)),
             goal=self.goal,
             machine=machine(),
             baseline=original,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,8 +57,14 @@ class Session:
 
 @contextmanager
 def begin(task: Task, goal: Goal, progress: Progress) -> Iterator[Session]:
-    """Check and analyse a task; meanwhile PyTorch has the thread count that suits the original."""
-    threads = torch.get_num_threads()
+    """Check and analyse a task; meanwhile PyTorch has the thread count that suits the original.
+
+    The caller's thread count and random states come back in the end.
+    """
+    threads, states = (
+        torch.get_num_threads(),
+        (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+    )
     torch.set_num_threads(cores())
     torch.manual_seed(goal.seed)
     folder = Path(tempfile.mkdtemp(prefix="flyweight-"))
@@ -65,6 +73,9 @@ def begin(task: Task, goal: Goal, progress: Progress) -> Iterator[Session]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         torch.set_num_threads(threads)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def runtimes(wanted: str) -> tuple[list[str], list[str]]:

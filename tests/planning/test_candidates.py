@@ -66,11 +66,11 @@ def test_a_candidate_says_how_many_layers_it_spares() -> None:
     assert candidate.sparing(["a"]) == candidate.sparing(["a"]) != candidate
 
 
-def test_every_family_meets_every_runtime_or_there_is_a_reason() -> None:
+def test_every_family_but_the_original_meets_every_runtime_or_there_is_a_reason() -> None:
     found = [Family("float32"), Family("dynamic int8", steps("a", method="dynamic_int8"))]
     candidates, reasons = uniform(found, ["torch", "onnxruntime"])
     assert {(c.family.name, c.runtime) for c in candidates} == {
-        ("float32", "torch"), ("float32", "onnxruntime"), ("dynamic int8", "onnxruntime"),
+        ("float32", "onnxruntime"), ("dynamic int8", "onnxruntime"),
     }  # fmt: skip
     assert len(reasons) == 1
     assert "slower" in reasons[0]

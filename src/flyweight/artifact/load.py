@@ -56,6 +56,11 @@ def load_predictor(folder: str | Path) -> Predictor:
     """
     artifact = spec.read(Path(folder))
     said = artifact.manifest
+    if said.runtime not in discover.methods("runtimes"):
+        known = ", ".join(discover.methods("runtimes"))
+        raise ArtifactError(
+            "an artifact's runtime must be known", got=repr(said.runtime), way_out=f"there are {known}"
+        )
     runtime = discover.method("runtimes", said.runtime)
     if not runtime.FILE:
         raise UsageError(

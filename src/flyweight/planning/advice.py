@@ -10,12 +10,16 @@ from flyweight.records import JSON, Goal, LayerChoice, Measured, Plan, Site, Ste
 from flyweight.transforms import ORDER
 
 
-def verdict(best: Measured, goal: Goal, original: Measured, *, met: bool) -> str:
+def verdict(best: Measured, goal: Goal, original: Measured, *, met: bool, scored: bool = True) -> str:
     """The answer in one sentence; best: the chosen candidate, or the nearest when the goal is not met."""
     if met:
         return f"{best.name} on {best.runtime} is {_gain(best, goal, original)}, at a drop of {_drop(best)}."
+    if not scored:
+        return "Nothing could be scored in the time; give more with --within."
     if best == original or not choose.improves(best, goal, original):
-        what = {"latency": "faster", "size": "smaller", "memory": "lighter"}[goal.minimize]
+        what = {"latency": "faster", "size": "smaller and as fast", "memory": "lighter and as fast"}[
+            goal.minimize
+        ]
         return f"Nothing that was tried is surely {what} than the original here."
     why = "cannot be told from more than" if best.verdict == "unresolved" else "is more than"
     return (

@@ -14,6 +14,8 @@ from flyweight.records import JSON, Goal, Plan, Site, Step
 from flyweight.transforms import _options
 
 _ORIGINAL = "float32"
+BASELINE = "torch"
+"""The runtime of the original, with which every candidate is compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +105,12 @@ def _ranged(
 
 
 def uniform(found: Sequence[Family], runtimes: Sequence[str]) -> tuple[list[Candidate], list[str]]:
-    """Every family on every runtime that it pays on, and the reasons why others are left out."""
+    """Every family on every runtime that it pays on, and the reasons why others are left out; the original is none."""
     candidates, reasons = [], []
     for family in found:
         for runtime in runtimes:
+            if not family.steps and runtime == BASELINE:
+                continue
             reason = discover.method("runtimes", runtime).refuse(family.methods)
             if reason:
                 reasons.append(f"{runtime} runs some families only: {reason}")

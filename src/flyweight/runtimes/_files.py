@@ -68,6 +68,10 @@ def match(batch: Batch, names: Sequence[str], shapes: Sequence[tuple[int | None,
         values = [batch[name] for name in names]
     else:
         values = [batch] if isinstance(batch, torch.Tensor) else list(batch)
+    if len(values) != len(names):
+        raise DataError(
+            "a batch must have the first example's tensors", got=str(len(values)), way_out=", ".join(names)
+        )
     for name, value, shape in zip(names, values, shapes, strict=True):
         fits = value.ndim == len(shape) and all(
             s in (None, n) for s, n in zip(shape, value.shape, strict=True)
