@@ -1,6 +1,7 @@
 # Needs Python 3.11 or newer with pip, and make. Everything else goes into .venv here; nothing is installed elsewhere.
 #   make demo      fit a sentence encoder to "at most 1 % worse, as fast as possible"; the answer is in out/minilm
-#   make test      lint, check types and run all tests          make quick  the same without the tests marked heavy
+#   make test      lint, check types and run the tests          make quick  the same without the tests marked heavy
+#   make exhaustive  the same with every method on every model of the zoo
 #   make lint      lint and check types                          make peers  the environment of the benchmarks
 #   make clean     remove what these made, the environments too
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SPECS := pyproject.toml constraints.txt
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS)
 PEERS := nncf torchao onnxruntime openvino torch
 
-.PHONY: demo test quick lint peers clean check-python
+.PHONY: demo test quick exhaustive lint peers clean check-python
 
 demo: .venv/.installed
 	.venv/bin/flyweight optimize examples/minilm.py --max-drop 1% --minimize latency --within 10m -o out/minilm

@@ -56,7 +56,7 @@ def test_transforms(name: str) -> None:
     assert sum(cell.state == "passed" for cell in cells) > 30
 
 
-@pytest.mark.heavy
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", discover.methods("transforms"))
 def test_transforms_on_the_whole_zoo(name: str, figure: Callable[[int, str], None]) -> None:
     cells = list(check_transform(name))
@@ -69,7 +69,7 @@ def test_runtimes(name: str) -> None:
     assert not failures(check_runtime(name, some(*FEW)))
 
 
-@pytest.mark.heavy
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [name for name in discover.methods("runtimes") if name != "torch_compile"])
 def test_runtimes_on_the_whole_zoo(name: str, figure: Callable[[int, str], None]) -> None:
@@ -79,7 +79,7 @@ def test_runtimes_on_the_whole_zoo(name: str, figure: Callable[[int, str], None]
     figure(17, f"{name}: {counted(cells)}")
 
 
-@pytest.mark.heavy
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_compiled_pytorch() -> None:
     assert not failures(check_runtime("torch_compile", some("mlp", "conv_norm")))
