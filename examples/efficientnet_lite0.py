@@ -1,14 +1,15 @@
 """EfficientNet-lite0 on a gateway's camera: make it faster or smaller, and let it name the same things.
 
-There are 20 labelled ImageNet photos to be had offline. Views (crops, sizes, mirror images) of every fourth photo
-calibrate; random views of the other 15 judge. A view scores 1 / rank of its photo's label among the 1,000 classes.
+There are 20 labelled ImageNet photos to be had offline. Views (crops, sizes, mirror images) of every fourth
+photo calibrate; random views of the other 15 judge. A view scores 1 / rank of its photo's label among the
+1,000 classes.
 
-What is one sample? Views of one photo hang together, so views are not independent samples; and over 15 photos as
-samples an int8 model's drop is known to +-1 % at best, to +-6 % at worst, which decides nothing. So the question is
-put about *these* photos: how well does the model name them as they are framed anew? A sample is one round, a fresh
-random view of each of the 15, and its value the mean over the round. Rounds are independent and alike, so the
-interval is truthful, and 72 of them know the drop to +-0.5 % (95 %, paired). It says nothing about other photos:
-for those, judge on a validation set of your own, one sample for each photo.
+What is one sample? Views of one photo hang together, so views are not independent samples; and over 15 photos
+as samples an int8 model's drop is known to +-1 % at best, to +-6 % at worst, which decides nothing. So the
+question is put about *these* photos: how well does the model name them as they are framed anew? A sample is
+one round, a fresh random view of each of the 15, and its value the mean over the round. Rounds are
+independent and alike, so the interval is truthful, and 72 of them know the drop to +-0.5 % (95 %, paired). It
+says nothing about other photos: for those, judge on a validation set of your own, one sample for each photo.
 """
 
 from __future__ import annotations

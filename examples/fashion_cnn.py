@@ -1,10 +1,10 @@
 """A small convolutional network for clothes: trained here, in a minute, then made faster or smaller.
 
-The data is Fashion-MNIST (60,000 pictures to learn from, 10,000 to judge, 28 x 28, ten classes), or MNIST where only
-that can be had. The first use trains the network for two epochs and keeps the weights in FLYWEIGHT_CACHE, under the
-digest of this file and the data's name: another recipe is another file. A sample is a test picture, right or wrong:
-10,000 of them know a drop to +-0.2 % (95 %, paired). The examples are training pictures; `train` and `loss` are given
-as well, so that a damaged candidate can be healed.
+The data is Fashion-MNIST (60,000 pictures to learn from, 10,000 to judge, 28 x 28, ten classes), or MNIST
+where only that can be had. The first use trains the network for two epochs and keeps the weights in
+FLYWEIGHT_CACHE, under the digest of this file and the data's name: another recipe is another file. A sample
+is a test picture, right or wrong: 10,000 of them know a drop to +-0.2 % (95 %, paired). The examples are
+training pictures; `train` and `loss` are given as well, so that a damaged candidate can be healed.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """all-MiniLM-L6-v2 behind a search box: make it faster, and let it find the same sentences.
 
 The text is the English in Python's own help (`pydoc_data.topics`), cut into sentences. One in ten calibrates,
-1,200 of the others are searched. A query is six random words of a sentence, in their order; it scores 1 / rank of
-that sentence among all, by cosine of mean-pooled vectors. Queries of one sentence hang together, so a sample is a
-sentence: the mean over its five queries.
+1,200 of the others are searched. A query is six random words of a sentence, in their order; it scores 1 /
+rank of that sentence among all, by cosine of mean-pooled vectors. Queries of one sentence hang together, so a
+sample is a sentence: the mean over its five queries.
 
-With 1,200 samples the drop of an int8 model is known to +-0.4 % of the score (95 %, paired), enough to decide on a
-bound of 1 %. One judging encodes 105,000 tokens. The help text, and so the score, differs a little between Python
-versions.
+With 1,200 samples the drop of an int8 model is known to +-0.4 % of the score (95 %, paired), enough to decide
+on a bound of 1 %. One judging encodes 105,000 tokens. The help text, and so the score, differs a little
+between Python versions.
 """
 
 from __future__ import annotations
