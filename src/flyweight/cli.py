@@ -29,7 +29,15 @@ _RECIPE_BYTES = 10_000_000
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code: 0 done, 2 usage, 3 model, 4 data, 5 artifact, 6 machine, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        return _guarded(argv)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _guarded(argv: Sequence[str] | None) -> int:
+    """Run one command; every error it may end with becomes a sentence and an exit code."""
     if sys.stdout is None:  # closed by the caller
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # it is the process's own until its end
     try:
