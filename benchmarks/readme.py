@@ -15,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "flyweight"
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = "![The contract job: flyweight and its peers, side by side](benchmarks/results/contract.svg)"
 PAGES = ("README.md", "docs/optimize.md")
 _LABELS = {
     "minilm": "all-MiniLM-L6-v2, sentence retrieval",
@@ -81,7 +82,7 @@ def contract(document: dict[str, Any]) -> str:
             f"| {_LABELS[case]} | {met} | **{speed['ours']:.2f} ×** ({low:.2f} to {high:.2f}) | {size['ours']:.3f} of fp32 "
             f"| {ours['drop']:.2%} | {speed['aim']:.1f} × | {peer} |"
         )
-    return "\n".join(lines) + "\n\n" + _where(document)
+    return "\n".join([PICTURE, "", *lines]) + "\n\n" + _where(document)
 
 
 def peers(document: dict[str, Any]) -> str:
