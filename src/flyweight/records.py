@@ -144,7 +144,7 @@ class Plan:
                 got=_short(value),
                 where="the plan's top level",
             )
-        if value["flyweight_plan"] != PLAN_VERSION:
+        if type(value["flyweight_plan"]) is not int or value["flyweight_plan"] != PLAN_VERSION:
             raise UsageError(
                 f"this version reads plans of version {PLAN_VERSION}", got=_short(value["flyweight_plan"])
             )

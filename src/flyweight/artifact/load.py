@@ -35,6 +35,7 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
                 "the artifact must belong to the model",
                 got=f"a model without the layer {step.site}",
                 where=str(folder),
+                way_out="give the model that the task's file builds",
             ) from None
     try:
         rebuilt = transforms.apply(
@@ -42,7 +43,10 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
         )
     except UsageError as error:
         raise ArtifactError(
-            "the artifact must belong to the model", got=str(error), where=str(folder)
+            "the artifact must belong to the model",
+            got=str(error),
+            where=str(folder),
+            way_out="give the model that the task's file builds",
         ) from error
     load_state(rebuilt, spec.tensors(artifact), artifact.manifest.layouts)
     return rebuilt
@@ -59,7 +63,10 @@ def load_predictor(folder: str | Path) -> Predictor:
     if said.runtime not in discover.methods("runtimes"):
         known = ", ".join(discover.methods("runtimes"))
         raise ArtifactError(
-            "an artifact's runtime must be known", got=repr(said.runtime), way_out=f"there are {known}"
+            "an artifact's runtime must be known",
+            got=repr(said.runtime),
+            where=str(folder),
+            way_out=f"there are {known}; others come with another version of flyweight",
         )
     runtime = discover.method("runtimes", said.runtime)
     if not runtime.FILE:
@@ -71,7 +78,12 @@ def load_predictor(folder: str | Path) -> Predictor:
         raise UsageError(f"the artifact runs on {said.runtime}", got=missing)
     unknown = set(said.session) - runtime.SESSION
     if unknown:
-        raise ArtifactError("an artifact's session settings must be known", got=", ".join(sorted(unknown)))
+        raise ArtifactError(
+            "an artifact's session settings must be known",
+            got=", ".join(sorted(unknown)),
+            where=str(folder),
+            way_out="make the artifact again with this version of flyweight",
+        )
     run = runtime.open_file(artifact.folder, said.session)
 
     def call(batch: Batch) -> Any:
