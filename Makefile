@@ -15,6 +15,7 @@ PEERS := nncf torchao onnxruntime openvino torch
 .PHONY: demo test quick exhaustive lint peers clean check-python
 
 demo: .venv/.installed
+	@rm -rf out/minilm
 	.venv/bin/flyweight optimize examples/minilm.py --max-drop 1% --minimize latency --within 10m -o out/minilm
 
 test: lint
