@@ -52,7 +52,7 @@ def test_from_a_task_to_a_report(task: str, tmp_path: Path, capsys: pytest.Captu
     result = Result.from_json(json.loads((out / "result.json").read_text()))
     assert said.out.startswith(f"{result.status}: ")
     assert "study.db" in said.out
-    assert "looking for the best" in said.err
+    assert "timing every candidate" in said.err
     assert (result.goal.max_drop, result.goal.within) == (0.02, 60)
     assert {path.name for path in out.iterdir()} == {"result.json", "report.html", "study.db", "best"}
 

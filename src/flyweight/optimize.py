@@ -81,6 +81,8 @@ class Run:
     start: float
     notes: list[str] = dataclasses.field(default_factory=list)
     skipped: list[Trial] = dataclasses.field(default_factory=list)
+    _at: str = ""
+    """The stage that is being told, after the survey."""
 
     @property
     def bench(self) -> Bench:
@@ -124,7 +126,7 @@ class Run:
         candidates, reasons = uniform(found, runtimes)
         self.notes += reasons
         hunt = Hunt(self.goal, original, self.session.analysis.sites, self._tools())
-        self.told.stage("looking for the best", len(candidates))
+        self.told.stage("timing every candidate", len(candidates))
         hunt.run(candidates)
         return hunt
 
@@ -172,6 +174,12 @@ class Run:
     def _tools(self) -> Tools:
         return Tools(self._survey, self._measure, self._skip, self._damages, self._time_used)
 
+    def _stage(self, name: str) -> None:
+        """Tell a stage once, however often the search comes back to it in a row."""
+        if name != self._at:
+            self._at = name
+            self.told.stage(name)
+
     def _time_used(self) -> float:
         """Share of the time that is used up, less a reserve for packing."""
         return (time.monotonic() - self.start) / (self.goal.within * (1 - RESERVE))
@@ -181,6 +189,8 @@ class Run:
 
     def _survey(self, candidate: Candidate) -> Survey:
         plan = self._plan(candidate)
+        if candidate.spared or self._at:
+            self._stage("timing further candidates")
         self.told.step(f"{candidate.name} on {candidate.runtime}")
         key = f"{candidate.runtime} {plan.digest()}"
         found = self.study.remember(
@@ -192,7 +202,8 @@ class Run:
 
     def _measure(self, candidate: Candidate) -> Trial:
         plan, name, runtime = self._plan(candidate), candidate.name, candidate.runtime
-        self.told.step(f"scoring {name} on {runtime}")
+        self._stage("scoring the promising candidates")
+        self.told.step(f"{name} on {runtime}")
         trial = self.study.trial(
             name, runtime, plan, lambda number: self.bench.measure(number, name, runtime, plan)
         )
@@ -219,6 +230,7 @@ class Run:
 
         def compute() -> dict[str, Any]:
             model = self.bench.build(Plan(self.session.folds))
+            self._stage("measuring how sensitive each layer is")
             self.told.step(f"sensitivity of {len(family.steps)} layers to {family.name}")
             left = self.goal.within - (time.monotonic() - self.start)
             limit = max(1.0, min(0.1 * self.goal.within, left))
