@@ -98,11 +98,14 @@ class Run:
         self.bench.original = Scores(kept["mean"], samples)
         self.told.done(f"score {kept['mean']:.4g}" + (f" over {len(samples):,} samples" if samples else ""))
         self.told.step("timing")
-        original = Measured.from_json(
-            self.study.remember("original", "measured", lambda: self.bench.baseline().to_json())
-        )
+        original = self.baseline_measured()
         self.told.done(f"{original.latency_ms:.2f} ms, {original.bytes / 1e6:.1f} MB")
         return original
+
+    def baseline_measured(self) -> Measured:
+        """The original's measurement, made once."""
+        kept = self.study.remember("original", "measured", lambda: self.bench.baseline().to_json())
+        return Measured.from_json(kept)
 
     def hunt(self, original: Measured, names: Sequence[str], recipe: Plan | None) -> Hunt:
         """Search, or measure the recipe on every runtime."""
@@ -207,7 +210,8 @@ class Run:
         trial = self.study.trial(
             name, runtime, plan, lambda number: self.bench.measure(number, name, runtime, plan)
         )
-        self.told.done(f"{trial.reason}", best=trial.measured is not None and trial.measured.verdict == "met")
+        best = choose.best(measured_of(self.study.trials()), self.goal, self.baseline_measured())
+        self.told.done(trial.reason, best=best is not None and best == trial.measured)
         return trial
 
     def _skip(self, candidate: Candidate, reason: str) -> Trial:
