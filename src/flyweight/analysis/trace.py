@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flyweight.errors import first_line as first_line
+from flyweight.errors import first_line
 from flyweight.records import Batch
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")

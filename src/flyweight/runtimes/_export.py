@@ -22,8 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from flyweight import transforms
 from flyweight.analysis.calls import OPERATIONS, operands, unfused
-from flyweight.analysis.trace import first_line
-from flyweight.errors import ModelError
+from flyweight.errors import ModelError, first_line
 from flyweight.inputs.check import run
 from flyweight.records import Batch, canonical
 from flyweight.runtimes import _structure
