@@ -19,7 +19,7 @@ from flyweight.evaluation.quality import Scores
 from flyweight.packing import how_to_load, pack
 from flyweight.planning import advice, choose
 from flyweight.planning.candidates import Candidate, Family, families, uniform
-from flyweight.planning.damage import damages
+from flyweight.planning.damage import EXAMPLES, damages
 from flyweight.records import Goal, Measured, Plan, Result, Step, Task, Trial
 from flyweight.report import html
 from flyweight.report.progress import Progress
@@ -63,8 +63,8 @@ def optimize(
             hunt = run.hunt(original, names, recipe)
             run.check_trials(hunt)
             chosen = hunt.best or choose.nearest(hunt.measured(), goal, original)
-            best = pack(session, chosen, folder / "best", told)
-            result = run.result(hunt, best, met=hunt.best is not None, missing=missing)
+            best, original = pack(session, chosen, original, folder / "best", told)
+            result = run.result(hunt, best, original, met=hunt.best is not None, missing=missing)
             _write(result, folder)
             told.note(f"report in {folder / 'report.html'}")
     return result
@@ -144,9 +144,11 @@ class Run:
                 way_out="judge each prediction by itself: score is called once for each candidate",
             )
 
-    def result(self, hunt: Hunt, best: Measured, *, met: bool, missing: Sequence[str]) -> Result:
-        """Everything that was found, in one record; best: as packed."""
-        original, kept = hunt.original, self.study.trials()
+    def result(
+        self, hunt: Hunt, best: Measured, original: Measured, *, met: bool, missing: Sequence[str]
+    ) -> Result:
+        """Everything that was found, in one record; best: as packed, original: as timed beside it."""
+        kept = self.study.trials()
         done = {(trial.runtime, trial.plan.digest()) for trial in kept}
         trials = [*kept, *(t for t in self.skipped if (t.runtime, t.plan.digest()) not in done)]
         found = [best if _same(m, best) else m for m in measured_of(trials)]
@@ -229,8 +231,8 @@ class Run:
         self.skipped.append(trial)
         return trial
 
-    def _damages(self, family: Family) -> dict[str, float]:
-        """Damage per site of a family, each site alone."""
+    def _damages(self, family: Family, examples: int = EXAMPLES) -> dict[str, float]:
+        """Damage per site of a family, each site alone, on up to so many of the task's examples."""
 
         def compute() -> dict[str, Any]:
             model = self.bench.build(Plan(self.session.folds))
@@ -238,14 +240,15 @@ class Run:
             self.told.step(f"sensitivity of {len(family.steps)} layers to {family.name}")
             left = self.goal.within - (time.monotonic() - self.start)
             limit = max(1.0, min(0.1 * self.goal.within, left))
-            found = damages(
-                model,
-                self.session.analysis.sites,
-                family.steps,
-                self.bench.context,
-                self.session.task.examples,
-                seconds=limit,
-            )
+            with self.bench.measured():
+                found = damages(
+                    model,
+                    self.session.analysis.sites,
+                    family.steps,
+                    self.bench.context,
+                    self.session.task.examples[:examples],
+                    seconds=limit,
+                )
             self.told.done("measured")
             return found
 
@@ -257,7 +260,7 @@ class Run:
             (c for c, t in hunt.trials.items() if t.measured and t.measured.plan == chosen.plan), None
         )
         steps: Mapping[str, Step] = origin.family.steps if origin else {}
-        found = self._damages(origin.family) if origin and steps else {}
+        found = self._damages(origin.family, 1) if origin and steps else {}
         return advice.layers(self.session.analysis.sites, chosen.plan, steps, found)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,18 @@ from flyweight.runtimes._structure import leaves
 from flyweight.runtimes.torch import caller
 from flyweight.session import Session, versions
 
+CONFIRMING = 6.0
+"""Seconds of the race whose times are reported."""
 SAME = 1e-9
 """Relative squared difference up to which a loaded artifact's output counts as the measured one's."""
 
 
-def pack(session: Session, best: Measured, folder: Path, told: Progress) -> Measured:
-    """Write a measured candidate to `folder` as an artifact; the candidate with the bytes and times of what was written.
+def pack(
+    session: Session, best: Measured, original: Measured, folder: Path, told: Progress
+) -> tuple[Measured, Measured]:
+    """Write a measured candidate to `folder` as an artifact and time it in turn with the original.
 
+    Returns the candidate with the bytes and times of what was written, and the original with the times of the same race.
     Raises ArtifactError when the artifact, loaded again, does not give the measured output.
     """
     told.stage("packing", 2)
@@ -34,9 +38,20 @@ def pack(session: Session, best: Measured, folder: Path, told: Progress) -> Meas
     total = write(session, best.runtime, best.plan, best, folder)
     told.done(f"{total / 1e6:.2f} MB")
     told.step("loading it again")
-    confirmed = _confirmed(session, best, folder, total)
-    told.done(f"{confirmed.latency_ms:.2f} ms, {confirmed.speedup:.2f} x as fast as the original")
-    return confirmed
+    race = _confirmed(session, best, folder)
+    told.done(f"{race.second_ms:.2f} ms, {race.speedup:.2f} x as fast as the original")
+    timed = dataclasses.replace(original, latency_ms=race.first_ms, latency_interval=race.first_interval)
+    if best.name == "original":
+        return dataclasses.replace(timed, bytes=total), timed
+    confirmed = dataclasses.replace(
+        best,
+        bytes=total,
+        latency_ms=race.second_ms,
+        latency_interval=race.second_interval,
+        speedup=race.speedup,
+        speedup_interval=race.speedup_interval,
+    )
+    return confirmed, timed
 
 
 def write(session: Session, runtime: str, plan: Plan, measured: Measured | None, folder: Path) -> int:
@@ -82,7 +97,8 @@ def _figures(measured: Measured) -> dict[str, Any]:
     return {name: value for name, value in measured.to_json().items() if name != "plan"}
 
 
-def _confirmed(session: Session, best: Measured, folder: Path, total: int) -> Measured:
+def _confirmed(session: Session, best: Measured, folder: Path) -> timing.Race:
+    """The original against the artifact that was loaded again, which must give the measured output."""
     batch = session.task.examples[0]
     _, kept = session.bench.prepare(best.runtime, best.plan)
     wanted = kept(batch)
@@ -95,20 +111,8 @@ def _confirmed(session: Session, best: Measured, folder: Path, total: int) -> Me
         raise ArtifactError(
             "the artifact must give the output that was measured", got="another output", where=str(folder)
         )
-    start = timing.race(
-        functools.partial(caller(session.task.model), batch), functools.partial(predict, batch), 6.0
-    )
     session.bench.forget()
-    if best.name == "original":
-        return dataclasses.replace(best, bytes=total)
-    return dataclasses.replace(
-        best,
-        bytes=total,
-        latency_ms=start.second_ms,
-        latency_interval=start.second_interval,
-        speedup=start.speedup,
-        speedup_interval=start.speedup_interval,
-    )
+    return session.bench.race(predict, CONFIRMING)
 
 
 def _plain(output: Any) -> tuple[Any, ...]:

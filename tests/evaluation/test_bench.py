@@ -56,7 +56,8 @@ def test_a_candidate_is_measured_in_full(tmp_path: Path) -> None:
     assert "within the bound of 50.00%" in trial.reason
     assert made.evaluations == 2
     assert 0 < made.measuring < 30
-    assert list(tmp_path.iterdir()) == []  # what was measured leaves no files behind
+    made.forget()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_original_is_its_own_measure(tmp_path: Path) -> None:
@@ -120,12 +121,15 @@ def test_a_survey_tells_speed_and_bytes(tmp_path: Path) -> None:
     assert survey_from(found.to_json()) == found
 
 
-def test_files_are_kept_from_the_survey_to_the_measurement(tmp_path: Path) -> None:
+def test_files_are_kept_from_the_survey_to_the_measurement(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = bench(tmp_path)
     _, first = made.prepare("torch", INT8)
     assert made.prepare("torch", INT8)[1] is first
+    monkeypatch.setattr("flyweight.evaluation.bench.KEEP", 0)
     made.prepare("torch", Plan())
-    assert not first.files[0].exists()  # one candidate at a time
+    assert not first.files[0].exists()  # the oldest goes
 
 
 def test_the_original_is_never_changed(tmp_path: Path) -> None:

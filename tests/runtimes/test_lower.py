@@ -61,10 +61,10 @@ def test_two_layers_that_want_different_grids_of_one_tensor(tmp_path: Path) -> N
     x = torch.randn(2, 4, 40, 40)
     x[0, 0, 0, 0] = 20.0  # min-max and percentile differ by far
     model = static(body, [x], {"b": "minmax", "c": "percentile"})
-    assert float(model.b.input_scale) > 1.2 * float(model.c.input_scale)
+    assert float(model.b.input_grid[0]) > 1.2 * float(model.c.input_grid[0])
     found = nets.prepared("onnxruntime", model, [x], tmp_path)(x)
     wide = copy.deepcopy(model)
-    wide.c.input_scale, wide.c.input_zero = wide.b.input_scale, wide.b.input_zero
+    wide.c.input_grid = wide.b.input_grid
     assert nets.gap(run(wide, x), found) < 0.03
 
 

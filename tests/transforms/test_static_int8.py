@@ -23,7 +23,7 @@ def built(options: Options, scale: float = 1.0) -> tuple[nn.Module, torch.Tensor
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_min_max_covers_what_was_seen(scale: float) -> None:
     model, x, layer = built(Options(range="minmax"), scale)
-    step = float(layer.input_scale)
+    step = float(layer.input_grid[0])
     assert step == pytest.approx(float(x.max() - x.min()) / 255, rel=1e-5)
     assert (
         float((layer._round(x) - x).abs().max()) <= step * 0.5001 + step * 0.5
@@ -35,19 +35,19 @@ def test_min_max_covers_what_was_seen(scale: float) -> None:
 def test_the_output_s_grid_covers_the_output() -> None:
     model, x, layer = built(Options(range="minmax"))
     out = model(x).detach()
-    assert float(layer.output_scale) == pytest.approx(float(out.max() - out.min()) / 255, rel=1e-4)
+    assert float(layer.output_grid[0]) == pytest.approx(float(out.max() - out.min()) / 255, rel=1e-4)
 
 
 def test_values_outside_the_range_are_clipped() -> None:
     _, x, layer = built(Options(range="minmax"))
     found = layer._round(torch.full((1, 16), 100.0))
-    assert float(found.max()) <= float(x.max()) + float(layer.input_scale)
+    assert float(found.max()) <= float(x.max()) + float(layer.input_grid[0])
 
 
 def test_without_statistics_the_ranges_are_placeholders() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     layer = static_int8.replace(model, plain_site(model, "0"), Options(), Context())["0"]
-    assert float(layer.input_scale) == float(layer.output_scale) == 1.0
+    assert float(layer.input_grid[0]) == float(layer.output_grid[0]) == 1.0
 
 
 def test_embeddings_are_refused() -> None:

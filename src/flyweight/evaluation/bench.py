@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,11 +19,13 @@ from flyweight.errors import DataError, FlyweightError, ModelError, first_line
 from flyweight.evaluation import memory, timing
 from flyweight.evaluation.quality import Drop, Scores, compare, judge
 from flyweight.inputs.check import run
-from flyweight.records import JSON, Goal, Interval, Measured, Plan, Predict, Site, Task, Trial
+from flyweight.records import JSON, Batch, Goal, Interval, Measured, Plan, Predict, Site, Task, Trial
 from flyweight.runtimes import _structure
 from flyweight.runtimes._files import Predictor
 from flyweight.runtimes.torch import caller
 
+KEEP = 2**29
+"""Bytes of prepared candidates' files up to which they are kept for the measurement that follows their survey."""
 STRUCTURAL = frozenset(transforms.ORDER)
 """Methods that keep the function the model computes."""
 SAME = 1e-3
@@ -50,6 +52,20 @@ class Survey:
 
 
 @dataclass
+class Built:
+    """A plan's model, and what it outputs."""
+
+    plan: Plan
+    model: nn.Module
+    batch: Batch
+
+    @functools.cached_property
+    def output(self) -> object:
+        """The model's output on the batch, in PyTorch."""
+        return run(self.model, self.batch)
+
+
+@dataclass
 class Bench:
     """One task's measuring place; `measuring`: seconds spent in the task's score, in timing and in weighing memory."""
 
@@ -62,9 +78,9 @@ class Bench:
     original: Scores | None = None
     evaluations: int = 0
     measuring: float = 0.0
-    _kept: dict[str, tuple[nn.Module, Predictor]] = field(default_factory=dict)
-    _built: tuple[Plan, nn.Module] | None = None
-    """The last plan's model: the next candidate is often the same plan on another runtime."""
+    _kept: dict[str, tuple[Built, Predictor]] = field(default_factory=dict)
+    _built: Built | None = None
+    """The last plan's: the next candidate is often the same plan on another runtime."""
 
     def score_original(self) -> Scores:
         """The task's score of the original in eager PyTorch.
@@ -86,8 +102,7 @@ class Bench:
     def baseline(self) -> Measured:
         """The original in eager PyTorch as a measurement; needs `original`."""
         scores = self._scores()
-        batch = self.task.examples[0]
-        race = self._race(functools.partial(self._original, batch), functools.partial(self._original, batch))
+        race = self.race(self._original)
         predictor = self._files(Plan(), "torch", self.task.model)
         size, peak = predictor.bytes, self._peak(predictor, self.task.model)
         shutil.rmtree(predictor.files[0].parent, ignore_errors=True)
@@ -115,20 +130,17 @@ class Bench:
     def survey(self, runtime: str, plan: Plan, seconds: float) -> Survey:
         """Build a candidate and time it in turn with the original; a candidate that cannot run says why."""
         try:
-            model, predictor = self.prepare(runtime, plan)
-            self._check(model, predictor)
+            built, predictor = self.prepare(runtime, plan)
+            self._check(built, predictor)
         except FlyweightError as error:
             return Survey(speedup=0, speedup_high=0, latency_ms=0, bytes=0, failure=str(error))
-        batch = self.task.examples[0]
-        race = self._race(
-            functools.partial(self._original, batch), functools.partial(predictor, batch), seconds
-        )
+        race = self.race(predictor, seconds)
         return Survey(
             speedup=race.speedup,
             speedup_high=race.speedup_interval.high,
             latency_ms=race.second_ms,
             bytes=predictor.bytes,
-            memory=self._peak(predictor, model) if self.goal.minimize == "memory" else None,
+            memory=self._peak(predictor, built.model) if self.goal.minimize == "memory" else None,
         )
 
     def measure(self, number: int, name: str, runtime: str, plan: Plan) -> Trial:
@@ -138,8 +150,6 @@ class Bench:
             measured, reason = self._measure(name, runtime, plan)
         except FlyweightError as error:
             measured, reason = None, str(error)
-        finally:
-            self.forget()
         return Trial(
             number=number,
             name=name,
@@ -151,28 +161,38 @@ class Bench:
             seconds=time.perf_counter() - start,
         )
 
-    def prepare(self, runtime: str, plan: Plan) -> tuple[nn.Module, Predictor]:
-        """The candidate's model and its predictor; kept until `forget`, since a survey and a measurement follow."""
+    def race(self, predict: Predict, seconds: float = timing.SECONDS) -> timing.Race:
+        """The original in eager PyTorch against another predictor, timed in turn on the first example."""
+        batch = self.task.examples[0]
+        with self.measured():
+            return timing.race(
+                functools.partial(self._original, batch), functools.partial(predict, batch), seconds
+            )
+
+    def prepare(self, runtime: str, plan: Plan) -> tuple[Built, Predictor]:
+        """The candidate's built model and its predictor; kept, up to KEEP bytes, since a survey and a measurement follow."""
         key = f"{runtime} {plan.digest()}"
         if key not in self._kept:
-            self.forget()
-            if self._built is None or self._built[0] != plan:
-                self._built = (plan, self.build(plan))
-            model = self._built[1]
-            self._kept[key] = (model, self._files(plan, runtime, model))
+            if self._built is None or self._built.plan != plan:
+                self._built = Built(plan, self.build(plan), self.task.examples[0])
+            self._kept[key] = (self._built, self._files(plan, runtime, self._built.model))
+            while len(self._kept) > 1 and sum(p.bytes for _, p in self._kept.values()) > KEEP:
+                self._drop(next(iter(self._kept)))
         return self._kept[key]
 
     def forget(self) -> None:
         """Drop what `prepare` kept, with its files."""
-        for _, predictor in self._kept.values():
-            shutil.rmtree(predictor.files[0].parent, ignore_errors=True)
-        self._kept.clear()
+        for key in list(self._kept):
+            self._drop(key)
+
+    def _drop(self, key: str) -> None:
+        _, predictor = self._kept.pop(key)
+        shutil.rmtree(predictor.files[0].parent, ignore_errors=True)
 
     def _measure(self, name: str, runtime: str, plan: Plan) -> tuple[Measured, str]:
-        model, predictor = self.prepare(runtime, plan)
-        deviation = self._check(model, predictor)
-        batch = self.task.examples[0]
-        race = self._race(functools.partial(self._original, batch), functools.partial(predictor, batch))
+        built, predictor = self.prepare(runtime, plan)
+        deviation = self._check(built, predictor)
+        race = self.race(predictor)
         scores = self._judge(predictor)
         drop = compare(self._scores(), scores, exact=exact(plan) and deviation < SAME)
         verdict = drop.verdict(self.goal)
@@ -189,7 +209,7 @@ class Bench:
             speedup=race.speedup,
             speedup_interval=race.speedup_interval,
             bytes=predictor.bytes,
-            peak_memory_bytes=self._peak(predictor, model),
+            peak_memory_bytes=self._peak(predictor, built.model),
             verdict=cast(Literal["met", "broken", "unresolved"], verdict),
         )
         return measured, _because(drop, self.goal, verdict)
@@ -207,14 +227,13 @@ class Bench:
             raise ModelError(f"{runtime} must load the model", got=first_line(error)) from error
         return predictor
 
-    def _check(self, model: nn.Module, predictor: Predictor) -> float:
+    def _check(self, built: Built, predictor: Predictor) -> float:
         """How far the runtime's output is from the model's own on the first example; ModelError when it is not finite."""
-        batch = self.task.examples[0]
         try:
-            found = predictor(batch)
+            found = predictor(built.batch)
         except Exception as error:  # a runtime fails with errors of its own
             raise ModelError(f"{predictor.runtime} must run the model", got=first_line(error)) from error
-        worst = deviation(run(model, batch), found)
+        worst = deviation(built.output, found)
         if not worst < float("inf"):
             raise ModelError(
                 "a runtime's output must be finite", got="NaN or infinity", where=predictor.runtime
@@ -223,21 +242,15 @@ class Bench:
 
     def _judge(self, predict: Predict) -> Scores:
         self.evaluations += 1
-        with self._measuring():
+        with self.measured():
             return judge(self.task.score, predict, self.goal.seed)
 
-    def _race(
-        self, first: Callable[[], object], second: Callable[[], object], seconds: float = timing.SECONDS
-    ) -> timing.Race:
-        with self._measuring():
-            return timing.race(first, second, seconds)
-
     def _peak(self, predictor: Predictor, model: nn.Module) -> int | None:
-        with self._measuring():
+        with self.measured():
             return memory.peak_memory(predictor, model, self.task.examples[0])
 
     @contextmanager
-    def _measuring(self) -> Iterator[None]:
+    def measured(self) -> Iterator[None]:
         """Add the seconds spent inside to `measuring`."""
         start = time.perf_counter()
         try:

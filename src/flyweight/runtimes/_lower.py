@@ -8,6 +8,7 @@ Weights are not in the graph: it refers by offset to `weights.safetensors`, so t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +149,7 @@ def _product(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> str
         return _dynamic_product(low, owner, module, x, y)
     if module.activations == "static":
         if x not in low.grids:
-            low.grids[x] = _input_grid(module)
+            low.grids[x] = _grid(module.input_grid)
             low.alone.add(x)
         x = f"{x}.rounded"
     return low.node("MatMul", [x, _decoded(low, owner, module)], y)
@@ -221,11 +222,11 @@ def _convolution(
         low.dynamic.add(name)
         low.node("DequantizeLinear", [low.stored(f"{owner}codes", shape=module.shape), scales], name, axis=0)
     if module.activations == "static":
-        step, _ = low.grids.setdefault(x, _input_grid(module))
+        step, _ = low.grids.setdefault(x, _grid(module.input_grid))
         low.alone.discard(x)
-        low.outputs.append((y, (float(module.output_scale), int(module.output_zero))))
+        low.outputs.append((y, _grid(module.output_grid)))
         # Another layer may have chosen the input's grid. The weights' scales only allow for half of this layer's own.
-        if bias and step > 0.5 * float(module.input_scale):
+        if bias and step > 0.5 * _grid(module.input_grid)[0]:
             bias = [_integer_bias(low, owner, step, (bias[0], scales))]
     low.node("Conv", [x, name, *bias], y, **layout)
 
@@ -247,8 +248,9 @@ def _integer_bias(low: Lowered, owner: str, step: float, given: tuple[str, str])
     return name
 
 
-def _input_grid(module: QuantizedLayer) -> tuple[float, int]:
-    return float(module.input_scale), int(module.input_zero)
+def _grid(buffer: torch.Tensor) -> tuple[float, int]:
+    """Scale and zero point."""
+    return float(buffer[0]), int(buffer[1])
 
 
 def _transpose(low: Lowered, key: str) -> None:
@@ -358,8 +360,28 @@ def _finish(low: Lowered) -> None:
     proto.doc_string, proto.producer_name, proto.producer_version = "", "flyweight", ""
     for node in proto.graph.node:
         del node.metadata_props[:]
-        node.doc_string = ""
+        node.name = node.doc_string = ""
+    _shorten(proto.graph, kept={*low.refers, *low.weights})
     for index in reversed(range(len(proto.opset_import))):
         if proto.opset_import[index].domain == DOMAIN:
             del proto.opset_import[index]
     proto.ir_version = IR_VERSION
+
+
+def _shorten(graph: Any, kept: set[str]) -> None:
+    """Number the tensors between the nodes, whose names would weigh as much as the rest of the graph.
+
+    The graph's inputs and outputs and the names in `kept` stay. Graphs inside nodes may refer to any tensor around them
+    and keep their own names, so a graph that has some is left alone.
+    """
+    if any(attribute.g.node or attribute.graphs for node in graph.node for attribute in node.attribute):
+        return
+    kept |= {"", *(value.name for value in (*graph.input, *graph.output))}
+    free = (name for name in map(str, itertools.count()) if name not in kept)
+    made = [item.name for item in graph.initializer] + [name for node in graph.node for name in node.output]
+    short = {name: name if name in kept else next(free) for name in dict.fromkeys(made)}
+    for item in graph.initializer:
+        item.name = short[item.name]
+    for node in graph.node:
+        node.input[:] = [short.get(name, name) for name in node.input]
+        node.output[:] = [short.get(name, name) for name in node.output]

@@ -29,16 +29,14 @@ class QuantizedLayer(nn.Module):
     """The layer `inner` with its weight as integers.
 
     Buffers: codes, (O, I) int8 or (O, ceil(I / 2)) uint8 with two 4-bit integers a byte; scales, (O, G) float32;
-    zeros, (O, G) uint8 when asymmetric; input_scale, input_zero, output_scale, output_zero, () when static.
+    zeros, (O, G) uint8 when asymmetric; input_grid and output_grid, (2,) float32 scale and zero point, when static.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
-    input_scale: torch.Tensor
-    input_zero: torch.Tensor
-    output_scale: torch.Tensor
-    output_zero: torch.Tensor
+    input_grid: torch.Tensor
+    output_grid: torch.Tensor
 
     def __init__(self, inner: nn.Module, on: Grid, encoded: Encoded, *, transposed: bool = False) -> None:
         """inner: the layer, of which a copy without weight is kept; transposed: its weight is (I, O)."""
@@ -57,8 +55,7 @@ class QuantizedLayer(nn.Module):
         self.activations = "static"
         for name, found in (("input", input_grid), ("output", output_grid)):
             if found is not None:
-                self.register_buffer(f"{name}_scale", torch.tensor(found[0], dtype=torch.float32))
-                self.register_buffer(f"{name}_zero", torch.tensor(found[1], dtype=torch.uint8))
+                self.register_buffer(f"{name}_grid", torch.tensor(found, dtype=torch.float32))
         return self
 
     def dynamic(self) -> QuantizedLayer:
@@ -93,7 +90,7 @@ class QuantizedLayer(nn.Module):
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         if self.activations == "static":
-            return round_to(x, self.input_scale, self.input_zero.float())
+            return round_to(x, *self.input_grid)
         if not x.numel():
             return x
         low, high = torch.aminmax(x)
