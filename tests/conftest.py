@@ -1,4 +1,4 @@
-"""What all tests share: `figure`, which collects the figures that docs/promises.md shows.
+"""What all tests share: `figure`, which collects the figures that docs/promises.md shows, and `one_thread`.
 
 Tests that need minutes carry `@pytest.mark.heavy`; the marker is declared in pyproject.toml.
 """
@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 _TESTS = Path(__file__).parent
 _FIGURES = _TESTS.parent / "build" / "figures.jsonl"
@@ -36,3 +37,12 @@ def figure(request: pytest.FixtureRequest) -> Callable[[int, str], None]:
             os.close(handle)
 
     return append
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """PyTorch on one thread: small models wait for threads more than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

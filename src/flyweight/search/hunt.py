@@ -159,9 +159,8 @@ class Hunt:
             spared = candidate.sparing(order[:count])
             self.surveys[spared] = self.tools.survey(spared)
             trial = self._try(spared)
-            if trial.state == "skipped":
-                break
-            if trial.measured is not None and trial.measured.verdict == "met":
+            met = trial.measured is not None and trial.measured.verdict == "met"
+            if met or trial.state == "skipped":  # skipped: with so many spared there is nothing to gain
                 high = count
             else:
                 low = count
