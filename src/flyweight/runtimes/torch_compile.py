@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -31,5 +32,7 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
     """Write the model's weights to the folder `where` and compile it on the first call."""
     write_weights(unique_state(model), where / WEIGHTS)
     call = caller(cast(nn.Module, torch.compile(model)))
-    call(examples[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler warns of its own parts
+        call(examples[0])
     return Predictor(runtime="torch_compile", call=call, files=(where / WEIGHTS,))
