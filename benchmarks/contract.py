@@ -4,7 +4,7 @@
 
 Every model is timed in turn with eager PyTorch on the task's first example, and judged by the task's own score, paired with
 the original's. A peer that breaks the bound (its drop itself, not its interval: in the peer's favour) has no speed at
-that bound. Ours is what `flyweight optimize` returns, and must be met by its interval.
+that bound; one that is slower than eager PyTorch is not scored. Ours is what `flyweight optimize` returns, and must be met by its interval.
 """
 
 from __future__ import annotations
@@ -79,14 +79,17 @@ def measure(case: str, *, quick: bool) -> tuple[list[Row], dict[str, Any]]:
             print(f"{case}: {name}", file=sys.stderr, flush=True)
             try:
                 models[name] = peer(task.model, task.examples, folder)
-                drop = compare(original, judge(task.score, models[name], 0))
-                details[name] = {"drop": drop.value, "half": drop.half, "bytes": models[name].bytes}
+                details[name] = {"bytes": models[name].bytes}
+                if _race(task, models[name], 1.0).speedup > 1:
+                    drop = compare(original, judge(task.score, models[name], 0))
+                    details[name] |= {"drop": drop.value, "half": drop.half}
             except Exception as error:  # a peer may fail in any way; that it did is the figure
                 details[name] = {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
                 models.pop(name, None)
         ours = _ours(result, folder / "ours" / "best", task)
-        races = _race_all(task, {"flyweight": ours, **models}, 4.0 if quick else 10.0)
-        for name, race in races.items():
+        races = {}
+        for name, model in {"flyweight": ours, **models}.items():
+            races[name] = race = _race(task, model, 4.0 if quick else 10.0)
             details.setdefault(name, {}).update(speedup=race.speedup, interval=_pair(race.speedup_interval))
         details["flyweight"] |= {
             "drop": result.best.drop,
@@ -105,12 +108,9 @@ def _ours(result: Result, best: Path, task: Any) -> Any:
     return caller(load(best, task.model))
 
 
-def _race_all(task: Any, models: dict[str, Any], seconds: float) -> dict[str, timing.Race]:
+def _race(task: Any, model: Any, seconds: float) -> timing.Race:
     batch = task.examples[0]
-    first = functools.partial(caller(task.model), batch)
-    return {
-        name: timing.race(first, functools.partial(model, batch), seconds) for name, model in models.items()
-    }
+    return timing.race(functools.partial(caller(task.model), batch), functools.partial(model, batch), seconds)
 
 
 def _rows(case: str, result: Result, races: dict[str, timing.Race], details: dict[str, Any]) -> list[Row]:
@@ -118,11 +118,14 @@ def _rows(case: str, result: Result, races: dict[str, timing.Race], details: dic
     fast, notes = {}, {}
     for peer in (p.__name__ for p in _int8_peers.PEERS):
         seen = details[peer]
-        kept = "failed" not in seen and seen["drop"] <= BOUND
+        kept = seen.get("drop", 1.0) <= BOUND
         fast[peer] = races[peer].speedup if kept else None
-        notes[peer] = f"(drop {seen['drop']:.2%})" if "failed" not in seen else "failed"
-        if "failed" not in seen and not kept:
-            notes[peer] = f"breaks the bound: drop {seen['drop']:.2%}"
+        if "failed" in seen:
+            notes[peer] = "failed"
+        elif "drop" not in seen:
+            notes[peer] = f"not scored: {races[peer].speedup:.2f} x, slower than eager PyTorch"
+        else:
+            notes[peer] = f"{'(' if kept else 'breaks the bound: '}drop {seen['drop']:.2%}{')' * kept}"
     notes["flyweight"] = f"(drop {result.best.drop:.2%}, {result.best.name} on {result.best.runtime})"
     interval = _pair(ours.speedup_interval)
     speed = {"unit": "x", "better": "higher", "ours": ours.speedup, "ours_interval": interval}

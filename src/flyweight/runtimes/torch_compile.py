@@ -31,8 +31,8 @@ def available() -> str | None:
 def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
     """Write the model's weights to the folder `where` and compile it on the first call."""
     write_weights(unique_state(model), where / WEIGHTS)
-    call = caller(cast(nn.Module, torch.compile(model)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler warns of its own parts
+        call = caller(cast(nn.Module, torch.compile(model)))
         call(examples[0])
     return Predictor(runtime="torch_compile", call=call, files=(where / WEIGHTS,))
