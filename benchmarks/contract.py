@@ -4,7 +4,8 @@
 
 Every model is timed in turn with eager PyTorch on the task's first example, and judged by the task's own score, paired with
 the original's. A peer that breaks the bound (its drop itself, not its interval: in the peer's favour) has no speed at
-that bound; one that is slower than eager PyTorch is not scored. Ours is what `flyweight optimize` returns, and must be met by its interval.
+that bound; one that is slower than eager PyTorch is not scored. Ours is what `flyweight optimize` returns, and must be met
+by its interval.
 """
 
 from __future__ import annotations

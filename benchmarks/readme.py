@@ -102,7 +102,8 @@ def peers(document: dict[str, Any]) -> str:
                 continue
             low, high = seen["interval"]
             half = f" ± {seen['half']:.2%}" if "half" in seen else ""
-            cells = (label, f"{seen['speedup']:.2f} × ({low:.2f} to {high:.2f})", f"{seen['drop']:.2%}{half}")
+            drop = f"{seen['drop']:.2%}{half}" if "drop" in seen else "not scored"
+            cells = (label, f"{seen['speedup']:.2f} × ({low:.2f} to {high:.2f})", drop)
             lines.append(f"| {' | '.join(cells)} | {seen['bytes'] / 1e6:.2f} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n\n" + _where(document)
