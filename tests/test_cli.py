@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from inputs.language_folders import prose, written
 
 from flyweight.cli import duration, main, percent, read_plan
 from flyweight.errors import UsageError
@@ -170,3 +171,57 @@ def test_what_is_no_recipe_is_refused(tmp_path: Path, value: object) -> None:
     with pytest.raises(UsageError) as caught:
         read_plan(str(tmp_path / "recipe.json"))
     assert "recipe.json" in caught.value.where
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments that name a tiny language model and its text."""
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("language")
+    (folder / "text.txt").write_text(prose(8_000))
+    model = written(folder / "model", max_position_embeddings=256)
+    return ["--model", str(model), "--text", str(folder / "text.txt")]
+
+
+FIGURES = {
+    "perplexity_of_original", "perplexity", "kl_in_nats_a_token", "kl_standard_error", "agreement_of_generated_tokens",
+}  # fmt: skip
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_language_model_is_a_folder_and_a_text(
+    language: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    asked = ["--runtime", "torch", "--max-drop", "5%", "--minimize", "size", "--within", "1m", "-o", str(out)]
+    assert main(["optimize", *language, *asked]) == 0
+    said = capsys.readouterr().out
+    result = Result.from_json(json.loads((out / "result.json").read_text()))
+    assert result.task == "model, text.txt"
+    assert set(result.further) == FIGURES
+    assert 1 < result.further["perplexity"] < 1.05 * result.further["perplexity_of_original"]
+    assert "best: agreement of generated tokens" in " ".join(said.split())
+    assert "kl in nats a token" in (out / "report.html").read_text()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_an_artifact_of_a_language_model_is_compared_token_by_token(
+    language: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step = Step("weight_only", "model.model.layers.0.mlp.up_proj", {"bits": 4, "group": 16})
+    (tmp_path / "recipe.json").write_text(json.dumps(Plan((step,)).to_json()))
+    recipe = ["--recipe", str(tmp_path / "recipe.json"), "--runtime", "torch", "-o", str(tmp_path / "out")]
+    assert main(["apply", *language, *recipe]) == 0
+    capsys.readouterr()
+    assert main(["evaluate", *language, str(tmp_path / "out" / "best")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told[1:3]] == ["original", "artifact"]
+    found = {line.rpartition(" ")[0].replace(" ", "_"): line.rpartition(" ")[2] for line in told}
+    assert set(found) >= FIGURES
+    assert 0 < float(found["kl_in_nats_a_token"]) < 0.1
+    assert float(found["perplexity"]) == pytest.approx(float(found["perplexity_of_original"]), rel=0.05)
+
+
+def test_a_language_model_is_profiled(language: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", *language, "--runtime", "torch"]) == 0
+    assert "model.model.layers.1.mlp.down_proj" in capsys.readouterr().out

@@ -18,9 +18,10 @@ from typing import Any, NoReturn
 
 from flyweight import discover, stages
 from flyweight.errors import FlyweightError, Interrupted, MachineError, UsageError, first_line
+from flyweight.inputs.language_model import language_task
 from flyweight.inputs.task_file import read_task
 from flyweight.optimize import optimize, read_result
-from flyweight.records import OBJECTIVES, Goal, Plan
+from flyweight.records import OBJECTIVES, Goal, Plan, Task
 from flyweight.report import _words, terminal
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -156,8 +157,15 @@ def _parser() -> _Parser:
 
 def _task(command: _Parser) -> None:
     command.add_argument(
-        "task", metavar="PATH.py[:function]", help="a file with a function that returns flyweight.Task"
+        "task",
+        nargs="?",
+        metavar="PATH.py[:function]",
+        help="a file with a function that returns flyweight.Task",
     )
+    command.add_argument(
+        "--model", metavar="FOLDER", help="instead: a language model, as a Hugging Face folder"
+    )
+    command.add_argument("--text", metavar="FILE", help="with --model: a text that calibrates and judges it")
 
 
 def _runtime(command: _Parser) -> None:
@@ -228,6 +236,22 @@ def _given_goal(given: Any) -> Goal:
     return Goal(**values)
 
 
+def _given_task(given: Any) -> Task:
+    """The task of a file, or of a language model's folder and a text; raises UsageError when it is not clear which."""
+    ways = {"--model": given.model, "--text": given.text}
+    missing = [name for name, value in ways.items() if value is None]
+    if given.task is not None and len(missing) == 2:
+        return read_task(given.task)
+    if given.task is None and not missing:
+        return language_task(given.model, given.text)
+    came = [name for name in ways if name not in missing]
+    raise UsageError(
+        "a task is a file, or --model with --text",
+        got=" and ".join([given.task, *came] if given.task else came) or "neither",
+        way_out="give PATH.py[:function], or --model FOLDER --text FILE",
+    )
+
+
 def _seed(text: str) -> int:
     if not re.fullmatch("[0-9]{1,10}", text):
         raise UsageError("a seed must be an integer in [0, 2**32)", got=repr(text), where="--seed")
@@ -237,7 +261,7 @@ def _seed(text: str) -> int:
 def _optimize(given: Any) -> int:
     goal = _given_goal(given)
     recipe = read_plan(given.recipe) if given.recipe else None
-    task = read_task(given.task)
+    task = _given_task(given)
     if given.dry_run:
         _say(stages.dry_run(task, goal, recipe))
         return 0
@@ -250,18 +274,20 @@ def _optimize(given: Any) -> int:
 
 def _apply(given: Any) -> int:
     goal, recipe = _given_goal(given), read_plan(given.recipe)
-    _say(stages.apply(read_task(given.task), recipe, goal, Path(given.out), force=given.force))
+    _say(stages.apply(_given_task(given), recipe, goal, Path(given.out), force=given.force))
     return 0
 
 
 def _evaluate(given: Any) -> int:
-    task = read_task(given.task)
+    if given.model is not None and not re.search(r"\.py(:|$)", given.task or ""):
+        given.task, given.artifact = None, given.task  # beside --model the one path is the artifact's
+    task = _given_task(given)
     _say(stages.evaluate(task, Path(given.artifact) if given.artifact else None, _seed(given.seed)))
     return 0
 
 
 def _profile(given: Any) -> int:
-    _say(stages.profile(read_task(given.task), _given_goal(given)))
+    _say(stages.profile(_given_task(given), _given_goal(given)))
     return 0
 
 

@@ -15,7 +15,9 @@ from flyweight.analysis.machine import machine
 from flyweight.artifact.atomic import atomic_write_text
 from flyweight.errors import DataError, UsageError
 from flyweight.evaluation.bench import Bench, Survey, measured_of, survey_from
+from flyweight.evaluation.language import further
 from flyweight.evaluation.quality import Scores
+from flyweight.inputs.language_model import Judge
 from flyweight.packing import how_to_load, pack
 from flyweight.planning import advice, choose
 from flyweight.planning.candidates import Candidate, Family, families, uniform
@@ -23,6 +25,7 @@ from flyweight.planning.damage import EXAMPLES, damages
 from flyweight.records import Goal, Measured, Plan, Result, Step, Task, Trial
 from flyweight.report import html
 from flyweight.report.progress import Progress
+from flyweight.runtimes.torch import caller
 from flyweight.search.hunt import Hunt, Tools
 from flyweight.search.study import Study
 from flyweight.session import Session
@@ -174,7 +177,26 @@ class Run:
             seconds_measuring=self.bench.measuring,
             versions=sessions.versions(),
             seed=self.goal.seed,
+            further=self._further(best),
         )
+
+    def _further(self, best: Measured) -> dict[str, float]:
+        """Figures about the best that are reported and not judged."""
+
+        def compute() -> dict[str, Any]:
+            predict = self.bench.prepare(best.runtime, best.plan)[1]
+            with self.bench.measured():
+                found = further(self.session.task.score, caller(self.session.task.model), predict)
+            self.bench.forget()
+            return dict(found)
+
+        if not isinstance(self.session.task.score, Judge):
+            return {}
+        self.told.stage("comparing the recommended model with the original")
+        kept: dict[str, float] = self.study.remember(
+            "further", f"{best.runtime} {best.plan.digest()}", compute
+        )
+        return kept
 
     def _tools(self) -> Tools:
         return Tools(self._survey, self._measure, self._skip, self._damages, self._time_used)

@@ -283,6 +283,8 @@ class Result:
     """The part of seconds spent in the task's score and in timing predictions."""
     versions: Mapping[str, str]
     seed: int
+    further: Mapping[str, float] = field(default_factory=dict)
+    """Figures about the best that are reported and not judged, by name; of a language model, how close it stays."""
 
     def to_json(self) -> dict[str, JSON]:
         """The result as plain JSON values: what result.json holds."""

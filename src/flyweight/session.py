@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from flyweight import discover, transforms
+from flyweight.analysis.gram import lazily
 from flyweight.analysis.machine import cores
 from flyweight.analysis.sites import Analysis, analyse
 from flyweight.analysis.trace import trace
@@ -29,7 +30,16 @@ from flyweight.records import JSON, Goal, Plan, Step, Task
 from flyweight.report.progress import Progress
 from flyweight.runtimes._export import names, tensors
 
-PACKAGES = ("flyweight", "torch", "numpy", "safetensors", "onnx", "onnxruntime", "openvino")
+PACKAGES = (
+    "flyweight",
+    "torch",
+    "numpy",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "llama-cpp-python",
+)
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,8 @@ def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Sessi
         *analysis.notes,
         *_remarks(folded, analysis),
     )
-    bench = Bench(task, goal, analysis.sites, transforms.Context(analysis.statistics), folder)
+    gram = lazily(folded, [site.name for site in analysis.sites], task.examples)
+    bench = Bench(task, goal, analysis.sites, transforms.Context(analysis.statistics, gram), folder)
     return Session(task, analysis, folds, bench, said, model_digest, _examples_digest(task))
 
 

@@ -20,6 +20,7 @@ from flyweight.artifact.load import load_module, load_predictor
 from flyweight.errors import ArtifactError, UsageError, first_line
 from flyweight.evaluation import timing
 from flyweight.evaluation.bench import Bench, Survey
+from flyweight.evaluation.language import further
 from flyweight.evaluation.quality import Scores, compare, judge
 from flyweight.inputs.check import check, digest
 from flyweight.optimize import SLOW_RUNTIMES
@@ -123,12 +124,14 @@ def evaluate(task: Task, artifact: Path | None, seed: int) -> str:
         predict, said = _opened(artifact, task)
         race = timing.race(run, functools.partial(predict, batch))
         found = judge(task.score, predict, seed)
+        more = further(task.score, caller(task.model), predict)
     drop = compare(scores, found)
     lines += [_score_line("original", scores, race.first_ms), _score_line("artifact", found, race.second_ms)]
     lines += [
         "",
         f"drop {drop.value:.3%}{_between(drop.interval)}, {race.speedup:.2f} x as fast on {said.runtime}",
     ]
+    lines += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in more.items()]
     if said.model_digest != digest(task.model.state_dict()):
         notes = (
             *notes,

@@ -14,7 +14,7 @@ import flyweight
 
 MODULE_LINES, FUNCTION_LINES, ARGUMENTS, NAMES = 400, 60, 7, 25
 TYPICAL_FUNCTION, TYPICAL_MODULE = 9, 150
-METHOD_FOLDERS = ("transforms",)
+METHOD_FOLDERS = ("transforms", "codes", "roundings")
 PAPER = re.compile(r"arXiv|https?://doi\.org|(?:et al|&|[A-Z][a-z]+)[^.]*\(?.*\b(?:19|20)\d\d\)")
 EVERY_MODULE = pytest.mark.parametrize("module", modules().values(), ids=lambda module: module.place)
 

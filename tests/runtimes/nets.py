@@ -16,7 +16,7 @@ from flyweight import discover, transforms
 from flyweight.analysis.sites import analyse
 from flyweight.records import Batch, Plan, Step
 from flyweight.runtimes._files import Predictor
-from flyweight.transforms import Context
+from flyweight.transforms import Context, _options
 
 
 @dataclass
@@ -115,7 +115,7 @@ def changed(
         model, Plan(folds), [transforms.plain_site(model, f.site) for f in folds], Context()
     )
     analysis, module = analyse(folded, examples), discover.method("transforms", method)
-    read = module.Options(**(options or {}))
+    read = _options.read(module, options or {}, "")
     takes = [s for s in analysis.sites if module.refuse(s, read, folded.get_submodule(s.name)) is None]
     steps = tuple(Step(method, site.name, options or {}) for site in takes)
     assert steps

@@ -19,7 +19,7 @@ def test_the_reduced_grid_stays_within_64() -> None:
     model = nn.Sequential(nn.Linear(16, 8))
     for reduced, most in ((True, 64), (False, 127)):
         layer = dynamic_int8.replace(model, plain_site(model, "0"), Options(reduced=reduced), Context())["0"]
-        assert int(layer.codes.abs().max()) == most
+        assert int(layer.encoded()[0].abs().max()) == most
         assert layer.activations == "dynamic"
 
 

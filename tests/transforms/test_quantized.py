@@ -10,8 +10,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from flyweight.transforms._grid import decode, grid
-from flyweight.transforms._quantized import QuantizedLayer, quantized, round_to, shell
+from flyweight.codes import integer
+from flyweight.transforms import Context, plain_site, weight_only
+from flyweight.transforms._int8 import int8
+from flyweight.transforms._quantized import QuantizedLayer, round_to, shell
+
+
+def quantized(layer: nn.Module, kind: str, input_scale: float | None = None) -> QuantizedLayer:
+    return int8(layer, kind, reduced=False, input_scale=input_scale)
 
 
 def seeded(make: object) -> nn.Module:
@@ -36,12 +42,13 @@ def test_the_layer_computes_with_its_decoded_weight(name: str) -> None:
     make, kind, shape = LAYERS[name]
     layer = seeded(make)
     x = torch.randint(20, (2, 3)) if shape is None else torch.randn(shape)
-    found = quantized(layer, kind, grid(8, None, True))
+    found = quantized(layer, kind)
     plain = copy.deepcopy(layer)
-    rows = decode(found.encoded())
+    integers, on = found.encoded()
+    rows = on.values(integers)
     plain.weight = nn.Parameter(rows.reshape(layer.weight.shape))
     assert torch.equal(found(x), plain(x))
-    assert found.codes.dtype == torch.int8
+    assert integers.abs().max() == 127
     assert found.scales.shape == (layer.weight.shape[0], 1)
     assert (found.bias is None) == (getattr(layer, "bias", None) is None)
 
@@ -56,7 +63,7 @@ def test_a_transposed_linear_layer_has_scales_per_output() -> None:
             return torch.addmm(self.bias, x, self.weight)
 
     layer = seeded(Turned)
-    found = quantized(layer, "linear", grid(8, None, True))
+    found = quantized(layer, "linear")
     assert found.scales.shape == (5, 1)
     assert found.weight.shape == (16, 5)
     x = torch.randn(3, 16)
@@ -65,17 +72,18 @@ def test_a_transposed_linear_layer_has_scales_per_output() -> None:
 
 def test_four_bits_take_half_a_byte() -> None:
     layer = seeded(lambda: nn.Linear(64, 8))
-    found = quantized(layer, "linear", grid(4, 32, False))
-    assert found.codes.shape == (8, 32)
-    assert found.codes.dtype == torch.uint8
-    assert found.zeros.shape == found.scales.shape == (8, 2)
-    error = (found._decoded() - layer.weight).abs().reshape(8, 2, 32)
-    assert bool((error <= found.scales[..., None] * 1.01).all())
+    options = weight_only.Options(coding=integer.Options(bits=4, group=32, symmetric=False))
+    found = weight_only.replace(layer, plain_site(layer, ""), options, Context())[""]
+    assert found.integers.shape == (8, 32)
+    assert found.integers.dtype == torch.uint8
+    assert found.scales.shape == (8, 2)
+    assert found.zeros.shape == (8, 1)
+    assert float((found._decoded() - layer.weight.detach()).abs().max()) < float(found.scales.max())
 
 
 def test_dynamic_rounding_is_dynamic_quantize_linear() -> None:
     x = torch.randn(7, 16, generator=torch.Generator().manual_seed(3)) * 2 + 0.5
-    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).dynamic()
+    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear").dynamic()
     values = x.numpy().astype(np.float32)
     low, high = min(0, values.min()), max(0, values.max())
     scale = np.float32((high - low) / np.float32(255))
@@ -88,7 +96,7 @@ def test_dynamic_rounding_is_dynamic_quantize_linear() -> None:
     "x", [torch.zeros(2, 16), torch.full((2, 16), 3.0), torch.full((2, 16), -3.0), torch.zeros(0, 16)]
 )
 def test_dynamic_rounding_takes_constant_and_empty_inputs(x: torch.Tensor) -> None:
-    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).dynamic()
+    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear").dynamic()
     assert torch.allclose(layer._round(x), x, atol=1e-6)
     assert torch.isfinite(layer(x)).all()
 
@@ -104,9 +112,7 @@ def test_static_rounding_is_quantize_linear() -> None:
 def test_rounding_does_not_write_into_its_input() -> None:
     x = torch.randn(4, 16)
     kept = x.clone()
-    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).static(
-        (0.02, 128), None
-    )
+    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear").static((0.02, 128), None)
     layer(x)
     assert torch.equal(x, kept)
 
@@ -117,7 +123,7 @@ def test_the_bias_of_a_dead_channel_still_fits_into_32_bits() -> None:
         layer.weight[3] *= 1e-12
         layer.bias[3] = 50.0
     step = 0.01
-    found = quantized(layer, "conv", grid(8, None, True), input_scale=step)
+    found = quantized(layer, "conv", input_scale=step)
     integers = layer.bias.detach().double() / (found.scales[:, 0].double() * step)
     assert float(integers.abs().max()) < 2**31
     x = torch.randn(2, 4, 9, 9)
@@ -125,9 +131,7 @@ def test_the_bias_of_a_dead_channel_still_fits_into_32_bits() -> None:
 
 
 def test_keyword_arguments_are_rounded_too() -> None:
-    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True)).static(
-        (0.5, 128), None
-    )
+    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear").static((0.5, 128), None)
     x = torch.randn(2, 16)
     assert torch.equal(layer(input=x), layer(x))
 
@@ -136,9 +140,9 @@ def test_keyword_arguments_are_rounded_too() -> None:
 def test_other_dtypes_come_out_as_they_went_in(dtype: torch.dtype) -> None:
     layer = seeded(lambda: nn.Linear(16, 4)).to(dtype)
     for found in (
-        quantized(layer, "linear", grid(8, None, True)),
-        quantized(layer, "linear", grid(8, None, True)).dynamic(),
-        quantized(layer, "linear", grid(8, None, True)).static((0.05, 128), None),
+        quantized(layer, "linear"),
+        quantized(layer, "linear").dynamic(),
+        quantized(layer, "linear").static((0.05, 128), None),
     ):
         x = torch.randn(3, 16).to(dtype)
         assert found(x).dtype == found.weight.dtype == dtype
@@ -149,14 +153,14 @@ def test_other_dtypes_come_out_as_they_went_in(dtype: torch.dtype) -> None:
 def test_weights_that_are_not_contiguous(weight: torch.Tensor) -> None:
     layer = nn.Linear(16, 8)
     layer.weight = nn.Parameter(weight)
-    found = quantized(layer, "linear", grid(8, None, True))
+    found = quantized(layer, "linear")
     assert bool(((found._decoded() - weight).abs() <= found.scales * 0.51).all())
 
 
 def test_energy_of_grouped_convolutions_is_left_out() -> None:
     layer = seeded(lambda: nn.Conv2d(4, 4, 3, groups=4))
-    with_energy = quantized(layer, "conv", grid(4, None, True), energy=torch.rand(4) + 0.1)
-    assert torch.equal(with_energy.scales, quantized(layer, "conv", grid(4, None, True)).scales)
+    assert weight_only._spread(torch.rand(4) + 0.1, layer, "conv") is None
+    assert weight_only._spread(torch.rand(4) + 0.1, seeded(lambda: nn.Conv2d(4, 4, 3)), "conv").shape == (36,)
 
 
 def test_a_shell_has_all_but_the_weight() -> None:
@@ -174,7 +178,7 @@ def test_fused_transformer_layers_do_not_compute_past_the_layer() -> None:
     x = torch.randn(2, 5, 16)
     rounded = []
     for name in ("linear1", "linear2"):
-        layer = quantized(getattr(encoder, name), "linear", grid(8, None, True)).static((0.5, 128), None)
+        layer = quantized(getattr(encoder, name), "linear").static((0.5, 128), None)
         layer.register_buffer("mark", torch.zeros(1))
         setattr(encoder, name, layer)
         original = layer._round
@@ -185,7 +189,7 @@ def test_fused_transformer_layers_do_not_compute_past_the_layer() -> None:
 
 
 def test_code_that_reads_the_weight_gets_the_decoded_one() -> None:
-    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear", grid(8, None, True))
+    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear")
     x = torch.randn(2, 16)
     assert torch.allclose(functional.linear(x, layer.weight, layer.bias), layer(x), atol=1e-6)
     assert isinstance(layer, QuantizedLayer)

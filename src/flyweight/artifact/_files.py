@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TypeAlias
 
 from flyweight.artifact._strict import damaged, shown
-from flyweight.artifact.manifest import MANIFEST, ONNX, WEIGHTS
+from flyweight.artifact.manifest import FILES, MANIFEST
 from flyweight.errors import MachineError
 
-NAMES = (MANIFEST, WEIGHTS, ONNX)
+NAMES = (MANIFEST, *FILES)
+MOST = 3
+"""Files of an artifact: the manifest, and the weights with a graph."""
 MAX_FILES = 8
 """Entries of a folder that are looked at before it is refused."""
 PIECE = 2**20
@@ -84,7 +86,7 @@ def names_in(folder: int) -> list[str]:
         for entry in entries:
             found.append(entry.name)
             if len(found) > MAX_FILES:
-                raise damaged(f"an artifact has at most {len(NAMES)} files", got="more", where="the folder")
+                raise damaged(f"an artifact has at most {MOST} files", got="more", where="the folder")
     for name in sorted(found):
         if name not in NAMES:
             raise damaged(

@@ -1,13 +1,16 @@
-"""Reads weights.safetensors strictly: the header is doubted before anything is allocated by its word."""
+"""Reads weights.safetensors strictly: the header is doubted before anything is allocated by its word.
+
+`scan` and `load` take any file of tensors one behind the other, by its reader of headers.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -31,6 +34,14 @@ class Extent:
     shape: tuple[int, ...]
     begin: int
     end: int
+    file: str = WEIGHTS
+    padding: int = 0
+    """Zero bytes behind it."""
+
+    @property
+    def place(self) -> str:
+        """The file and the tensor, to show."""
+        return _place(self.name, self.file)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +54,16 @@ class Scan:
     """The bytes of the file that hold tensors."""
 
 
-def scan(stream: io.FileIO, size: int, sinks: Sequence[Sink]) -> Scan:
-    """Digest a weights file of `size` bytes, whole and by tensor, in one pass; each piece goes to the sinks.
+Header: TypeAlias = "Callable[[io.FileIO, int], tuple[bytes, tuple[Extent, ...]]]"
+"""From a stream and its size to the bytes before the tensors and where each lies; the stream is then behind them."""
+
+
+def scan(stream: io.FileIO, size: int, sinks: Sequence[Sink], header: Header) -> Scan:
+    """Digest a file of tensors of `size` bytes, whole and by tensor, in one pass; each piece goes to the sinks.
 
     Raises ArtifactError when the header is not strict or the file ends early.
     """
-    head, extents = read_header(stream, size)
+    head, extents = header(stream, size)
     whole = hashlib.sha256()
     sinks = [whole.update, *sinks]
     for sink in sinks:
@@ -56,47 +71,56 @@ def scan(stream: io.FileIO, size: int, sinks: Sequence[Sink]) -> Scan:
     tensors = []
     for extent in extents:
         part = hashlib.sha256()
-        passed(stream, extent.end - extent.begin, [part.update, *sinks], _place(extent.name))
+        passed(stream, extent.end - extent.begin, [part.update, *sinks], extent.place)
+        _pass_padding(stream, extent, sinks)
         tensors.append(_stored(extent, part.hexdigest()))
     return Scan(sha256=whole.hexdigest(), tensors=tuple(tensors), buffer=range(len(head), size))
 
 
-def load(stream: io.FileIO, size: int, expected: Sequence[StoredTensor]) -> dict[str, torch.Tensor]:
+def load(
+    stream: io.FileIO, size: int, expected: Sequence[StoredTensor], header: Header
+) -> dict[str, torch.Tensor]:
     """The tensors, each in memory of its own, in the order of the file; the peak is the size of the file.
 
     Raises ArtifactError when one differs from what is expected.
     """
     found, loaded = [], {}
-    for extent in read_header(stream, size)[1]:
+    extents = header(stream, size)[1]
+    for extent in extents:
         data = bytearray(extent.end - extent.begin)
-        _read_into(stream, data, extent.name)
+        _read_into(stream, data, extent.place)
+        _pass_padding(stream, extent, [])
         found.append(_stored(extent, hashlib.sha256(data).hexdigest()))
         loaded[extent.name] = _tensor(extent, data)
-    check_same(found, expected)
+    check_same(found, expected, extents[0].file if extents else WEIGHTS)
     return loaded
 
 
-def check_same(found: Sequence[StoredTensor], expected: Sequence[StoredTensor]) -> None:
+def check_same(found: Sequence[StoredTensor], expected: Sequence[StoredTensor], file: str) -> None:
     """Raise ArtifactError that names the first tensor which is not as expected, one too many or not there."""
     wanted = {tensor.name: tensor for tensor in expected}
     for tensor in found:
         other = wanted.pop(tensor.name, None)
         if other is None:
-            raise damaged("the manifest must list every tensor", got="one more", where=_place(tensor.name))
+            raise damaged(
+                "the manifest must list every tensor", got="one more", where=_place(tensor.name, file)
+            )
         if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
             raise damaged(
                 f"the manifest lists {other.dtype} {shown(list(other.shape))}",
                 got=f"{tensor.dtype} {shown(list(tensor.shape))}",
-                where=_place(tensor.name),
+                where=_place(tensor.name, file),
             )
         if tensor.sha256 != other.sha256:
             raise damaged(
                 f"the tensor's bytes must have the digest {other.sha256[:16]}...",
                 got=f"{tensor.sha256[:16]}...",
-                where=_place(tensor.name),
+                where=_place(tensor.name, file),
             )
     for name in wanted:
-        raise damaged("every tensor of the manifest must be there", got="no such tensor", where=_place(name))
+        raise damaged(
+            "every tensor of the manifest must be there", got="no such tensor", where=_place(name, file)
+        )
 
 
 def read_header(stream: io.FileIO, size: int) -> tuple[bytes, tuple[Extent, ...]]:
@@ -126,7 +150,7 @@ def _extents(document: dict[str, Any], buffer: int) -> tuple[Extent, ...]:
     for extent in extents:
         if extent.begin != at:
             what = "a hole" if extent.begin > at else "an overlap"
-            raise damaged("tensors must lie one behind the other", got=what, where=_place(extent.name))
+            raise damaged("tensors must lie one behind the other", got=what, where=extent.place)
         at = extent.end
     if at != buffer:
         raise damaged(f"the tensors must fill the file, {at} bytes", got=f"{buffer} bytes", where=WEIGHTS)
@@ -139,7 +163,7 @@ def _check_metadata(value: Any) -> None:
 
 
 def _extent(name: str, value: Any) -> Extent:
-    place = _place(name)
+    place = _place(name, WEIGHTS)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise damaged("a tensor has dtype, shape and data_offsets", got=shown(value), where=place)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -160,12 +184,19 @@ def _are_lengths(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _read_into(stream: io.FileIO, data: bytearray, name: str) -> None:
+def _pass_padding(stream: io.FileIO, extent: Extent, sinks: Sequence[Sink]) -> None:
+    seen = bytearray()
+    passed(stream, extent.padding, [seen.extend, *sinks], extent.place)
+    if any(seen):
+        raise damaged("what fills up must be zeros", got="other bytes", where=f"{extent.place}, padding")
+
+
+def _read_into(stream: io.FileIO, data: bytearray, place: str) -> None:
     view = memoryview(data)
     while view:  # one read moves at most 2 GiB
         count = stream.readinto(view)
         if not count:
-            raise damaged(f"the file must have {len(view)} bytes more", got="its end", where=_place(name))
+            raise damaged(f"the file must have {len(view)} bytes more", got="its end", where=place)
         view = view[count:]
 
 
@@ -187,5 +218,5 @@ def _stored(extent: Extent, sha256: str) -> StoredTensor:
     return StoredTensor(name=extent.name, dtype=extent.dtype, shape=extent.shape, sha256=sha256)
 
 
-def _place(name: str) -> str:
-    return f"{WEIGHTS}, tensor {shown(name)}"
+def _place(name: str, file: str) -> str:
+    return f"{file}, tensor {shown(name)}"

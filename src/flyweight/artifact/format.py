@@ -1,7 +1,8 @@
 """The artifact: one folder that holds a model, says what it does, and how that was measured.
 
 1. The folder holds two or three files and nothing else: `manifest.json`, `weights.safetensors` and, for
-   runtimes that run ONNX, `model.onnx`. The names are fixed; no name or path from a file is ever opened.
+   runtimes that run ONNX, `model.onnx`; or `manifest.json` and, for llama.cpp, `model.gguf` (since format 2).
+   The names are fixed; no name or path from a file is ever opened.
 2. All files are regular, with one name each: no links, no pipes.
 3. `manifest.json` is strict UTF-8 JSON of at most 1 MiB: no key twice, no NaN, at most 64 levels deep.
 4. Its keys: flyweight_artifact (the format's number), task, runtime, session, plan, inputs, outputs, layouts,
@@ -16,10 +17,13 @@
    that at most 100,000 tensors fill one behind the other, without holes or overlaps. Whole-byte dtypes only.
 9. `model.onnx` holds the graph, at most 64 MiB. Weights are stored once: its external data has the location
    `weights.safetensors`, and an offset and a length that lie within that file's buffer.
-10. No code: nothing in an artifact names a class, a module or a function, and nothing is compressed.
+10. `model.gguf` holds weights and vocabulary, its head at most 64 MiB. Tensors lie one behind the other, filled
+    up with zeros to multiples of 32 bytes. Packed integers are listed as uint8 rows. Entries that could name
+    another file, and chat templates, which are programs, are refused.
+11. No code: nothing in an artifact names a class, a module or a function, and nothing is compressed.
     `runtime` and `session` are looked up in what this version of flyweight knows.
-11. A reader refuses a format newer than its own, and says so; it reads all older ones.
-12. A writer puts the folder in its place whole: whoever looks sees the old one or the new one (atomic.py).
+12. A reader refuses a format newer than its own, and says so; it reads all older ones.
+13. A writer puts the folder in its place whole: whoever looks sees the old one or the new one (atomic.py).
 """
 
 from __future__ import annotations
@@ -27,14 +31,15 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from flyweight._faults import point
-from flyweight.artifact import _onnx, _weights
+from flyweight.artifact import _gguf, _onnx, _weights
 from flyweight.artifact._files import (
     check_size,
     disk_errors,
@@ -47,6 +52,7 @@ from flyweight.artifact._files import (
 from flyweight.artifact._strict import damaged, shown
 from flyweight.artifact.atomic import recover, replace_folder, synced_file, write_file
 from flyweight.artifact.manifest import (
+    GGUF,
     MANIFEST,
     MAX_MANIFEST,
     ONNX,
@@ -73,6 +79,11 @@ __all__ = [
 ]
 
 
+_HEADERS: Mapping[str, _weights.Header] = MappingProxyType(
+    {WEIGHTS: _weights.read_header, GGUF: _gguf.read_header}
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Artifact:
     """An artifact that was read and verified."""
@@ -92,7 +103,7 @@ class Artifact:
 def write(folder: Path, source: Path, manifest: Manifest) -> int:
     """Make `folder` an artifact of the files in `source`, replacing the one that is there; its bytes in all.
 
-    `source` holds weights.safetensors and perhaps model.onnx. Whenever the process is killed, `folder` is
+    `source` holds weights.safetensors and perhaps model.onnx, or model.gguf. Whenever the process is killed, `folder` is
     whole: the old one or the new one. Raises ArtifactError when a reader would refuse the files, UsageError
     when `folder` is there and is no artifact, MachineError when the disk does not take it.
     """
@@ -101,6 +112,10 @@ def write(folder: Path, source: Path, manifest: Manifest) -> int:
         names = names_in(root)
     if MANIFEST in names:
         raise damaged("the writer makes the manifest", got="one in the source", where=shown(str(source), 300))
+    if GGUF in names and len(names) > 1:
+        raise damaged(
+            f"{GGUF} holds all that a model needs", got=", ".join(names), where=shown(str(source), 300)
+        )
     check_replaceable(folder)
     return replace_folder(folder, lambda part: _fill(part, source, names, manifest))
 
@@ -127,12 +142,13 @@ def tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
 
     Raises ArtifactError when they changed since the artifact was read.
     """
+    name = _holder(file.name for file in artifact.files)
     with (
         disk_errors(artifact.folder),
         opened_folder(artifact.folder) as root,
-        opened(root, WEIGHTS) as (stream, size),
+        opened(root, name) as (stream, size),
     ):
-        return _weights.load(stream, size, artifact.tensors)
+        return _weights.load(stream, size, artifact.tensors, _HEADERS[name])
 
 
 def _verified(folder: Path, root: int) -> Artifact:
@@ -156,11 +172,12 @@ def _artifact(folder: Path, root: int) -> Artifact:
     said = decode(raw)
     _check_names(names, [MANIFEST, *(file.name for file in said.files)])
     files = {file.name: file for file in said.files}
-    with opened(root, WEIGHTS) as (stream, size):
-        _check_bytes(files[WEIGHTS], size)
-        scan = _weights.scan(stream, size, ())
-    _weights.check_same(scan.tensors, said.tensors)
-    _check_digest(files[WEIGHTS], scan.sha256)
+    holder = _holder(files)
+    with opened(root, holder) as (stream, size):
+        _check_bytes(files[holder], size)
+        scan = _weights.scan(stream, size, (), _HEADERS[holder])
+    _weights.check_same(scan.tensors, said.tensors, holder)
+    _check_digest(files[holder], scan.sha256)
     checked = ONNX not in files or _check_onnx(root, files[ONNX], scan.buffer)
     return Artifact(
         folder=folder,
@@ -173,6 +190,11 @@ def _artifact(folder: Path, root: int) -> Artifact:
     )
 
 
+def _holder(names: Iterable[str]) -> str:
+    """The file that holds the tensors."""
+    return GGUF if GGUF in names else WEIGHTS
+
+
 def _check_onnx(root: int, file: StoredFile, buffer: range) -> bool:
     content = _content(root, ONNX, _onnx.MAX_ONNX)
     _check_bytes(file, len(content))
@@ -182,10 +204,11 @@ def _check_onnx(root: int, file: StoredFile, buffer: range) -> bool:
 
 def _fill(part: Path, source: Path, names: Sequence[str], manifest: Manifest) -> int:
     with opened_folder(source) as root:
-        with opened(root, WEIGHTS) as (stream, size), synced_file(part / WEIGHTS) as append:
-            scan = _weights.scan(stream, size, [append])
+        holder = _holder(names)
+        with opened(root, holder) as (stream, size), synced_file(part / holder) as append:
+            scan = _weights.scan(stream, size, [append], _HEADERS[holder])
         point("artifact:weights")
-        files = [StoredFile(name=WEIGHTS, bytes=size, sha256=scan.sha256)]
+        files = [StoredFile(name=holder, bytes=size, sha256=scan.sha256)]
         if ONNX in names:
             content = _content(root, ONNX, _onnx.MAX_ONNX)
             _onnx.check(content, scan.buffer)
@@ -226,7 +249,7 @@ def check_replaceable(folder: Path) -> None:
 
 
 def _check_names(present: Sequence[str], listed: Sequence[str]) -> None:
-    for name in (WEIGHTS, *listed):
+    for name in (_holder(listed), *listed):
         if name not in present:
             raise damaged("every file of an artifact must be there", got="no such file", where=name)
     for name in present:

@@ -14,8 +14,8 @@ from flyweight.analysis.sites import plain_site
 from flyweight.artifact import format as spec
 from flyweight.errors import ArtifactError, UsageError
 from flyweight.records import Batch
-from flyweight.runtimes import _structure
-from flyweight.runtimes._files import Predictor, match
+from flyweight.runtimes import _gguf_load, _structure
+from flyweight.runtimes._files import GGUF, Predictor, match
 from flyweight.runtimes._layout import load_state
 
 
@@ -39,7 +39,7 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
             ) from None
     try:
         rebuilt = transforms.apply(
-            copy.deepcopy(model).eval(), artifact.manifest.plan, sites, transforms.Context()
+            copy.deepcopy(model).eval(), artifact.manifest.plan, sites, transforms.Context(rebuilding=True)
         )
     except UsageError as error:
         raise ArtifactError(
@@ -48,7 +48,10 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
             where=str(folder),
             way_out="give the model that the task's file builds",
         ) from error
-    load_state(rebuilt, spec.tensors(artifact), artifact.manifest.layouts)
+    stored = spec.tensors(artifact)
+    if any(file.name == GGUF for file in artifact.files):
+        stored = _gguf_load.state(rebuilt, stored)
+    load_state(rebuilt, stored, artifact.manifest.layouts)
     return rebuilt
 
 

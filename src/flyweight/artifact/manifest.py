@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
@@ -13,12 +13,14 @@ from flyweight.artifact._strict import damaged, parse, shown
 from flyweight.errors import ArtifactError, UsageError
 from flyweight.records import JSON, Plan, canonical
 
-FORMAT = 1
-"""The newest format that this version writes and reads."""
+FORMAT = 2
+"""The newest format that this version writes and reads: 1 came before model.gguf, and is still written without one."""
 MAX_MANIFEST = 2**20
 """Bytes."""
 MAX_TENSORS = 100_000
-MANIFEST, WEIGHTS, ONNX = "manifest.json", "weights.safetensors", "model.onnx"
+MANIFEST, WEIGHTS, ONNX, GGUF = "manifest.json", "weights.safetensors", "model.onnx", "model.gguf"
+FILES = (WEIGHTS, ONNX, GGUF)
+"""What a manifest may list."""
 DTYPES: Mapping[str, str] = MappingProxyType(
     {
         "bool": "BOOL",
@@ -111,7 +113,7 @@ def encode(manifest: Manifest, files: Sequence[StoredFile], tensors: Sequence[St
     """The bytes of manifest.json; raises ArtifactError when a value is not finite JSON of the right type."""
     document = {
         **{name: getattr(manifest, name) for name in _FIELDS},
-        "flyweight_artifact": FORMAT,
+        "flyweight_artifact": _format(one.name for one in files),
         "plan": manifest.plan.to_json(),
         "inputs": [vars(one) for one in manifest.inputs],
         "files": {one.name: _unnamed(one) for one in files},
@@ -141,9 +143,11 @@ def decode(raw: bytes) -> Contents:
     said = _record(document, "the manifest", _KEYS)
     tensors = _kind(said["tensors"], dict, "tensors")
     _need(len(tensors) <= MAX_TENSORS, f"an artifact holds at most {MAX_TENSORS} tensors", len(tensors))
+    files = _kind(said["files"], dict, "files")
+    _check_files(files, document["flyweight_artifact"])
     return Contents(
         manifest=_manifest(said),
-        files=tuple(_file(name, value) for name, value in _kind(said["files"], dict, "files").items()),
+        files=tuple(_file(name, value) for name, value in files.items()),
         tensors=tuple(_tensor(name, value) for name, value in tensors.items()),
         digest=digest,
     )
@@ -172,6 +176,17 @@ def _check_version(document: Any) -> None:
             where=MANIFEST,
             way_out="upgrade flyweight",
         )
+
+
+def _check_files(names: Collection[str], version: int) -> None:
+    for name in names:
+        _need(name in FILES, f"a manifest lists {WEIGHTS} and {ONNX} only, or {GGUF} alone", name)
+    _need(GGUF not in names or len(names) == 1, f"{GGUF} holds all that a model needs", sorted(names))
+    _need(_format(names) <= version, f"artifacts with {GGUF} have a later format", version)
+
+
+def _format(names: Iterable[str]) -> int:
+    return FORMAT if GGUF in names else 1
 
 
 def _manifest(said: dict[str, Any]) -> Manifest:
@@ -211,7 +226,6 @@ def _input(value: Any, place: str) -> TensorSpec:
 
 def _file(name: str, value: Any) -> StoredFile:
     place = f"file {shown(name)}"
-    _need(name in (WEIGHTS, ONNX), f"a manifest lists {WEIGHTS} and {ONNX} only", name)
     said = _record(value, place, _FILE_KEYS)
     _need(type(said["bytes"]) is int and said["bytes"] >= 0, f"{place} has a number of bytes", said["bytes"])
     _check_sha256(said["sha256"], place)

@@ -36,6 +36,7 @@ def render(result: Result, how_to_load: str) -> str:
         {},
         _answer(result),
         _section("Candidates", _tables.candidates(result)),
+        *_further(result),
         _section("Trade-off", _plot.tradeoff(result)),
         element("div", {"class": "pair"}, _certainty(result), _loading(how_to_load)),
         _layers(result),
@@ -130,6 +131,15 @@ def _drop(result: Result) -> Markup:
 def _tile(figure: str, word: str, below: list[str]) -> Markup:
     lines = (element("span", {"class": "below"}, line) for line in below)
     return element("div", {"class": "tile"}, element("b", {}, figure), element("span", {}, word), *lines)
+
+
+def _further(result: Result) -> tuple[Markup, ...]:
+    """Figures that are reported and not judged; no section where there are none."""
+    if not result.further:
+        return ()
+    lead = "The recommended candidate beside the original, as reported and not judged."
+    figures = _tables.pairs({name: f"{value:.4g}" for name, value in result.further.items()})
+    return (_section("Further figures", element("p", {"class": "lead"}, lead), figures),)
 
 
 def _certainty(result: Result) -> Markup:

@@ -112,6 +112,11 @@ def _closing(result: Result) -> Iterator[tuple[str, str]]:
     """What stands under the table: how the time went, and what was said on the way."""
     if result.best.drop_interval is None:
         yield "The score gives one number, so the drop has no interval.", ""
+    if result.further:
+        told = (
+            f"{_words.one_line(name.replace('_', ' '))} {value:.4g}" for name, value in result.further.items()
+        )
+        yield f"best: {', '.join(told)}", ""
     evaluations = _words.plural(result.evaluations, "evaluation")
     measuring = _words.duration(result.seconds_measuring)
     yield f"{evaluations} of the score in {_words.duration(result.seconds)}, {measuring} of it measuring", ""

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from flyweight.errors import DataError
 from flyweight.records import JSON, Batch
 
-WEIGHTS, GRAPH = "weights.safetensors", "model.onnx"
+WEIGHTS, GRAPH, GGUF = "weights.safetensors", "model.onnx", "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Predictor:
     runtime: str
     call: Callable[[Batch], Any]
     files: tuple[Path, ...]
-    """The files it runs, all in one folder; their names are WEIGHTS and GRAPH."""
+    """The files it runs, all in one folder; their names are WEIGHTS and GRAPH, or GGUF alone."""
     inputs: tuple[tuple[str, str, tuple[int | None, ...]], ...] = ()
     """Name, dtype and shape of each input; None: any size."""
     outputs: JSON = None

@@ -1,20 +1,35 @@
-"""Brings stored weights back from the runtime file's layout to the PyTorch model's."""
+"""How weights lie in a runtime's file where that differs from the PyTorch model's state, and the way back.
+
+A layout is "transposed", or the element type of integers, "int8", "uint8", "int4" or "uint4" (two to a byte, the first in
+the low half), turned or not: "int4 transposed". Shapes: integers are (R, C).
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
+from flyweight import discover
+from flyweight.codes._packing import pack, unpack
 from flyweight.errors import ArtifactError
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
-from flyweight.transforms._grid import pack, unpack
 
 TRANSPOSED = "transposed"
 ONNX_ONLY = "onnx."
 """Prefix of stored constants that only the graph needs."""
+
+
+def as_stored(integers: torch.Tensor, kind: str, *, turned: bool) -> tuple[torch.Tensor, str]:
+    """Integers (R, C) in an element type, and the layout's name."""
+    whole = (integers.T if turned else integers).contiguous()
+    layout = f"{kind} {TRANSPOSED}" if turned else kind
+    if kind.endswith("4"):
+        return pack(whole.reshape(1, -1), 4)[0], layout
+    return whole.to(torch.int8 if kind == "int8" else torch.uint8), layout
 
 
 def load_state(model: nn.Module, stored: Mapping[str, torch.Tensor], layouts: Mapping[str, str]) -> None:
@@ -26,8 +41,8 @@ def load_state(model: nn.Module, stored: Mapping[str, torch.Tensor], layouts: Ma
     wanted = unique_state(model)
     modules = dict(model.named_modules())
     state = {
-        key: _restored(modules.get(key.rpartition(".")[0]), key, tensor)
-        if layouts.get(key) == TRANSPOSED
+        key: _restored(modules.get(key.rpartition(".")[0]), key, tensor, layouts[key])
+        if key in layouts
         else tensor
         for key, tensor in state.items()
     }
@@ -40,25 +55,45 @@ def load_state(model: nn.Module, stored: Mapping[str, torch.Tensor], layouts: Ma
     ]
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise ArtifactError(
-            "the artifact must belong to the model",
-            got="; ".join(differences[:5]) + more,
-            way_out="give the model that the task's file builds",
-        )
+        raise _foreign("; ".join(differences[:5]) + more)
     model.load_state_dict(state, strict=False)
 
 
-def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.ndim == 2:
-        return tensor.T.contiguous()
+def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    """A tensor as the model's state has it."""
+    kind, _, turned = layout.partition(" ")
+    if kind == TRANSPOSED:
+        return tensor.T.contiguous() if tensor.ndim == 2 else tensor
     if not isinstance(module, QuantizedLayer):
-        return tensor
-    if key.endswith(".zeros"):
-        groups = module.scales.shape[1]
-        return (
-            unpack(tensor[None], groups * module.scales.shape[0], symmetric=False)
-            .reshape(groups, -1)
-            .T.contiguous()
-        )
-    codes = unpack(tensor[None], module.inputs * module.scales.shape[0], symmetric=False)
-    return pack(codes.reshape(module.inputs, -1).T)
+        raise _foreign(f"{key} as {kind}, the model's is no quantized layer")
+    _, grid = module.encoded()
+    name = key.rpartition(".")[2]
+    shared = name == "zeros" and module.stored()["scales"].shape[0] < module.rows
+    shape = (
+        (module.rows, module.columns)
+        if name == "integers"
+        else (1 if shared else module.rows, grid.scales.shape[1])
+    )
+    shape = shape[::-1] if turned else shape
+    if kind.endswith("4"):
+        found = unpack(tensor.reshape(1, -1), 4, shape[0] * shape[1], signed=kind == "int4").reshape(shape)
+    else:
+        found = tensor.to(torch.int16).reshape(shape)
+    found = found.T.contiguous() if turned else found
+    if name == "integers":
+        integers = found + grid.low if grid.table is not None else found
+        return _packed(module, name, integers, grid)
+    zeros = found.float().expand(module.rows, -1)
+    return _packed(module, name, module.encoded()[0], dataclasses.replace(grid, zeros=zeros))
+
+
+def _packed(module: QuantizedLayer, name: str, integers: torch.Tensor, grid: object) -> torch.Tensor:
+    """What the layer's code stores under a name."""
+    found: torch.Tensor = discover.method("codes", module.code).store(integers, grid, module.options)[name]
+    return found
+
+
+def _foreign(got: str) -> ArtifactError:
+    return ArtifactError(
+        "the artifact must belong to the model", got=got, way_out="give the model that the task's file builds"
+    )

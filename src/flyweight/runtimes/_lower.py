@@ -9,8 +9,7 @@ Weights are not in the graph: it refers by offset to `weights.safetensors`, so t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import onnx
@@ -18,73 +17,16 @@ import torch
 from onnx import helper
 from torch import nn
 
+from flyweight.runtimes import _decode
 from flyweight.runtimes._constants import constants
 from flyweight.runtimes._export import DOMAIN, Skeleton
 from flyweight.runtimes._layout import ONNX_ONLY, TRANSPOSED
+from flyweight.runtimes._lowered import TYPES, Lowered
 from flyweight.runtimes._pads import Pads, users
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
-from flyweight.transforms._grid import pack
 
 IR_VERSION = 10
-_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT,
-    torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16,
-    torch.float64: onnx.TensorProto.DOUBLE,
-    torch.int8: onnx.TensorProto.INT8,
-    torch.uint8: onnx.TensorProto.UINT8,
-    torch.int32: onnx.TensorProto.INT32,
-    torch.int64: onnx.TensorProto.INT64,
-    torch.bool: onnx.TensorProto.BOOL,
-}
-
-
-@dataclass
-class Lowered:
-    """A graph under construction, and the weights it refers to."""
-
-    graph: Any
-    """The ModelProto."""
-    weights: dict[str, torch.Tensor]
-    """What goes to weights.safetensors, by state-dict key, or by onnx.NAME for constants of the graph alone."""
-    layouts: dict[str, str] = field(default_factory=dict)
-    """Keys whose tensor is stored otherwise than in the PyTorch model."""
-    refers: dict[str, tuple[str, int, tuple[int, ...]]] = field(default_factory=dict)
-    """Initializer name -> (key of weights, element type, dimensions)."""
-    nodes: list[Any] = field(default_factory=list)
-    grids: dict[str, tuple[float, int]] = field(default_factory=dict)
-    """Graph tensors that are to be rounded to an unsigned 8-bit grid."""
-    alone: set[str] = field(default_factory=set)
-    """Those of them that only linear layers read rounded; a sum beside them gains nothing from rounding."""
-    outputs: list[tuple[str, tuple[float, int]]] = field(default_factory=list)
-    """Outputs of integer convolutions with their own grid, in order."""
-    dynamic: set[str] = field(default_factory=set)
-
-    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """Append a node with one output; returns the output's name."""
-        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
-        return output
-
-    def small(self, name: str, tensor: torch.Tensor) -> str:
-        """A constant kept in the graph; returns its name."""
-        values = tensor.detach().contiguous()
-        self.graph.graph.initializer.append(
-            helper.make_tensor(
-                name, _TYPES[values.dtype], tuple(values.shape), values.numpy().tobytes(), raw=True
-            )
-        )
-        return name
-
-    def stored(self, key: str, kind: int | None = None, shape: Sequence[int] | None = None) -> str:
-        """A constant that lies in the weights under its key; returns its name."""
-        tensor = self.weights[key]
-        self.refers[key] = (
-            key,
-            kind or _TYPES[tensor.dtype],
-            tuple(tensor.shape if shape is None else shape),
-        )
-        return key
 
 
 def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) -> Lowered:
@@ -129,13 +71,11 @@ def _embedding(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> N
     if not isinstance(module, QuantizedLayer):
         low.node("Gather", [low.stored(f"{owner}weight"), x], y)
         return
-    kind = _TYPES[module.dtype]
-    rows = low.node("Gather", [low.stored(f"{owner}codes"), x], f"{y}.codes")
-    scales = low.node("Gather", [low.stored(f"{owner}scales"), x], f"{y}.scales")
-    low.node("Cast", [rows], f"{y}.rows", to=onnx.TensorProto.FLOAT)
-    scaled = low.node("Mul", [f"{y}.rows", scales], y if kind == onnx.TensorProto.FLOAT else f"{y}.float")
-    if scaled != y:
-        low.node("Cast", [scaled], y, to=kind)
+    kind = TYPES[module.dtype]
+    same = kind == onnx.TensorProto.FLOAT
+    found = _decode.rows(low, owner, module, x, y if same else f"{y}.float")
+    if not same:
+        low.node("Cast", [found], y, to=kind)
 
 
 def _product(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> str:
@@ -152,43 +92,7 @@ def _product(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> str
             low.grids[x] = _grid(module.input_grid)
             low.alone.add(x)
         x = f"{x}.rounded"
-    return low.node("MatMul", [x, _decoded(low, owner, module)], y)
-
-
-def _decoded(low: Lowered, owner: str, module: QuantizedLayer) -> str:
-    """A DequantizeLinear of the (I, O) weight; returns the name of the floats."""
-    name = f"{owner}decoded"
-    if name in low.dynamic:
-        return name
-    low.dynamic.add(name)
-    outputs, inputs = module.encoded().codes.shape
-    scales, kind = f"{owner}scales", None
-    if module.on.bits == 4:
-        kind = onnx.TensorProto.INT4 if module.on.symmetric else onnx.TensorProto.UINT4
-        _transpose4(low, f"{owner}codes", module.encoded().codes)
-    else:
-        _transpose(low, f"{owner}codes")
-    codes = low.stored(f"{owner}codes", kind, (inputs, outputs))
-    if module.on.group is None:
-        zeros = _zeros(low, owner, module, (outputs,), kind)
-        return low.node(
-            "DequantizeLinear", [codes, low.stored(scales, shape=(outputs,)), *zeros], name, axis=1
-        )
-    _transpose(low, scales)
-    zeros = _zeros(low, owner, module, (inputs // module.on.group, outputs), kind)
-    return low.node(
-        "DequantizeLinear", [codes, low.stored(scales), *zeros], name, axis=0, block_size=module.on.group
-    )
-
-
-def _zeros(
-    low: Lowered, owner: str, module: QuantizedLayer, shape: tuple[int, ...], kind: int | None
-) -> list[str]:
-    """The name of the zero points of an asymmetric grid, packed like the codes; nothing for a symmetric one."""
-    if module.zeros is None:
-        return []
-    _transpose4(low, f"{owner}zeros", module.zeros)
-    return [low.stored(f"{owner}zeros", kind, shape)]
+    return low.node("MatMul", [x, _decode.decoded(low, owner, module, turned=True)], y)
 
 
 def _dynamic_product(low: Lowered, owner: str, module: QuantizedLayer, x: str, y: str) -> str:
@@ -196,15 +100,14 @@ def _dynamic_product(low: Lowered, owner: str, module: QuantizedLayer, x: str, y
     if codes not in low.dynamic:
         low.dynamic.add(codes)
         low.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], [codes, scales, zero]))
-    _transpose(low, f"{owner}codes")
-    outputs = module.scales.shape[0]
     zeros = f"{owner}zero"
     if zeros not in low.dynamic:
         low.dynamic.add(zeros)
-        low.small(zeros, torch.zeros(outputs, dtype=torch.int8))
-    low.node("MatMulInteger", [codes, low.stored(f"{owner}codes"), zero, zeros], f"{y}.sum")
+        low.small(zeros, torch.zeros(module.rows, dtype=torch.int8))
+    weight = _decode.product_integers(low, owner, module)
+    low.node("MatMulInteger", [codes, weight, zero, zeros], f"{y}.sum")
     low.node("Cast", [f"{y}.sum"], f"{y}.float", to=onnx.TensorProto.FLOAT)
-    low.node("Mul", [scales, low.stored(f"{owner}scales", shape=(outputs,))], f"{y}.scale")
+    low.node("Mul", [scales, _decode.scales(low, owner, module)], f"{y}.scale")
     return low.node("Mul", [f"{y}.float", f"{y}.scale"], y)
 
 
@@ -216,18 +119,14 @@ def _convolution(
     if not isinstance(module, QuantizedLayer):
         low.node("Conv", [x, low.stored(f"{owner}weight"), *bias], y, **layout)
         return
-    scales = low.stored(f"{owner}scales", shape=(module.shape[0],))
-    name = f"{owner}decoded"
-    if name not in low.dynamic:
-        low.dynamic.add(name)
-        low.node("DequantizeLinear", [low.stored(f"{owner}codes", shape=module.shape), scales], name, axis=0)
+    name = _decode.decoded(low, owner, module, turned=False)
     if module.activations == "static":
         step, _ = low.grids.setdefault(x, _grid(module.input_grid))
         low.alone.discard(x)
         low.outputs.append((y, _grid(module.output_grid)))
         # Another layer may have chosen the input's grid. The weights' scales only allow for half of this layer's own.
         if bias and step > 0.5 * _grid(module.input_grid)[0]:
-            bias = [_integer_bias(low, owner, step, (bias[0], scales))]
+            bias = [_integer_bias(low, owner, step, (bias[0], _decode.scales(low, owner, module)))]
     low.node("Conv", [x, name, *bias], y, **layout)
 
 
@@ -257,13 +156,6 @@ def _transpose(low: Lowered, key: str) -> None:
     if key not in low.layouts:
         low.layouts[key] = TRANSPOSED
         low.weights[key] = low.weights[key].T.contiguous()
-
-
-def _transpose4(low: Lowered, key: str, codes: torch.Tensor) -> None:
-    """Store 4-bit integers as ONNX packs them: (I, O), flattened, the even element in the low half."""
-    if key not in low.layouts:
-        low.layouts[key] = TRANSPOSED
-        low.weights[key] = pack(codes.T.reshape(1, -1))[0]
 
 
 def _output_grids(low: Lowered) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-RUNTIMES = ("onnxruntime", "openvino")
+RUNTIMES = ("onnxruntime", "openvino", "llamacpp")
+_PACKAGES = {"llamacpp": "llama_cpp"}
+"""Where a runtime's package has another name."""
 
 
 def resident() -> int:
@@ -39,7 +41,7 @@ def _status(name: str) -> int:
 
 
 def _main(runtime: str, graph: str, inputs: str, *settings: str) -> None:
-    module = importlib.import_module(runtime)
+    module = importlib.import_module(_PACKAGES.get(runtime, runtime))
     arrays = dict(np.load(inputs, allow_pickle=False))
     session = dict(item.split("=", 1) for item in settings)
     before = resident()
@@ -50,6 +52,12 @@ def _main(runtime: str, graph: str, inputs: str, *settings: str) -> None:
         loaded = module.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         for _ in range(2):
             loaded.run(None, arrays)
+    elif runtime == "llamacpp":
+        texts = next(iter(arrays.values()))
+        llama = module.Llama(graph, n_ctx=max(512, texts.shape[1]), logits_all=True, verbose=False)
+        for text in (*texts.tolist(), *texts.tolist()):
+            llama.reset()
+            llama.eval(text)
     else:
         core = module.Core()
         compiled = core.compile_model(core.read_model(graph), "CPU", session)

@@ -24,7 +24,7 @@ from flyweight.inputs.check import digest, run
 from flyweight.records import Batch, Plan, Step
 from flyweight.runtimes import _structure
 from flyweight.runtimes._export import names, tensors
-from flyweight.runtimes._files import GRAPH, WEIGHTS, Predictor
+from flyweight.runtimes._files import GGUF, GRAPH, WEIGHTS, Predictor
 from flyweight.testing._cases import Case, NotApplicable, distance, plans_of, require, same, same_form
 from flyweight.testing.zoo import Zoo, missing
 from flyweight.transforms import Context, QuantizedLayer
@@ -50,9 +50,10 @@ class Running:
         layers = [
             m for m in self.twin.modules() if isinstance(m, QuantizedLayer) and m.activations != "float"
         ]
-        return any(m.on.high > 64 for m in layers) and not {"avx512_vnni", "avx_vnni"} & set(
-            map(str, instructions())
-        )
+        return any(m.options.high > 64 for m in layers if isinstance(m, QuantizedLayer)) and not {
+            "avx512_vnni",
+            "avx_vnni",
+        } & set(map(str, instructions()))
 
     @property
     def tolerance(self) -> float:
@@ -129,7 +130,7 @@ def model_untouched(running: Running) -> None:
 def honest_bytes(running: Running) -> None:
     """`bytes` are those of the files, all in one folder under the known names."""
     files = running.predictor.files
-    require({file.name for file in files} <= {WEIGHTS, GRAPH}, "a file of another name")
+    require({file.name for file in files} <= {WEIGHTS, GRAPH, GGUF}, "a file of another name")
     require(set(files[0].parent.iterdir()) == set(files), "files that are not listed")
     require(
         sum(file.stat().st_size for file in files) == running.predictor.bytes, "other bytes than the files'"
@@ -138,7 +139,7 @@ def honest_bytes(running: Running) -> None:
 
 def stored_once(running: Running) -> None:
     """The weights' file holds the model's tensors, and next to nothing else."""
-    size = running.predictor.files[0].parent.joinpath(WEIGHTS).stat().st_size
+    size = sum(f.stat().st_size for f in running.predictor.files if f.name in (WEIGHTS, GGUF))
     room = _HEADER + 256 * len(running.twin.state_dict())
     require(size <= model_bytes(running.twin) + room, f"{size} bytes for {model_bytes(running.twin)}")
 

@@ -1,4 +1,4 @@
-"""The contract of transforms and runtimes as checks that every method must pass, for us and for authors of plug-ins.
+"""The contract of transforms, codes and runtimes as checks that every method must pass, for us and for authors of plug-ins.
 
     from flyweight.testing.conformance import check_transform, failures
     assert not failures(check_transform("my_method"))
@@ -12,10 +12,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from flyweight import discover
-from flyweight.errors import FlyweightError, ModelError, first_line
+from flyweight.errors import FlyweightError, ModelError, UsageError, first_line
+from flyweight.testing import _code_checks as of_codes
 from flyweight.testing import _runtime_checks as of_runtimes
 from flyweight.testing import _transform_checks as of_transforms
 from flyweight.testing._cases import Case, NotApplicable, cases
@@ -57,6 +58,26 @@ def check_transform(name: str, zoo: Sequence[Zoo] = ZOO) -> Iterator[Check]:
                 continue
             for on_model in of_transforms.CHECKS:
                 yield _cell((name, case.model_name, case.setting), on_model, case)
+
+
+def check_code(name: str, levels: Sequence[Any] | None = None) -> Iterator[Check]:
+    """Every check of a code at each of its levels, or at those given, on ordinary and awkward weights."""
+    code = discover.method("codes", name)
+    for check in of_codes.CODE_CHECKS:
+        yield _cell((name, "-", "levels"), check, code)
+    for case in of_codes.cases(name, code, code.LEVELS if levels is None else levels):
+        place = (name, case.weight_name, case.setting)
+        fits = _cell(place, of_codes.refusal_truthful, case)
+        yield fits
+        if fits.state == "failed":
+            continue
+        try:
+            _ = case.grid
+        except UsageError as refused:
+            yield Check(*place, "any", "not applicable", str(refused))
+            continue
+        for on_weight in of_codes.CHECKS:
+            yield _cell(place, on_weight, case)
 
 
 def check_runtime(name: str, zoo: Sequence[Zoo] = ZOO) -> Iterator[Check]:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+import torch
 
 from flyweight.analysis.sites import SiteStatistics
 
 
+def _unseen(site: str) -> torch.Tensor | None:
+    """Nothing is known of any site."""
+    return None
+
+
 @dataclass(frozen=True)
 class Context:
-    """What is known of the model's sites; empty when a stored artifact is rebuilt."""
+    """What is known of the model's sites."""
 
     statistics: Mapping[str, SiteStatistics] = field(default_factory=dict)
     """Per site, from the one streamed pass over the examples."""
+    gram: Callable[[str], torch.Tensor | None] = _unseen
+    """The mean outer product of a site's inputs, (I, I), or (P, I, I) of P groups of a convolution; None: not known."""
+    rebuilding: bool = False
+    """A stored artifact is rebuilt: only the structure counts, its weights are loaded afterwards."""

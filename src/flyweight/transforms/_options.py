@@ -14,7 +14,12 @@ from flyweight.records import JSON
 
 
 def read(method: ModuleType, options: Mapping[str, JSON], where: str) -> Any:
-    """The method's Options of plain values; raises UsageError that names the option and the place."""
+    """The method's Options of plain values; raises UsageError that names the option and the place.
+
+    A method whose options are not one flat record brings `read` of its own.
+    """
+    if hasattr(method, "read"):
+        return method.read(options, where)
     kinds = typing.get_type_hints(method.Options)
     for name, value in options.items():
         if name not in kinds:
@@ -33,7 +38,9 @@ def read(method: ModuleType, options: Mapping[str, JSON], where: str) -> Any:
 
 
 def plain(options: Any) -> dict[str, JSON]:
-    """The options that differ from their defaults, as plain JSON values."""
+    """The options that differ from their defaults, as plain JSON values; a record that is not flat says them itself."""
+    if hasattr(options, "plain"):
+        return dict(options.plain())
     changed = {}
     for item in dataclasses.fields(options):
         value = getattr(options, item.name)

@@ -1,4 +1,4 @@
-"""A layer whose weight is stored as integers; its activations may be rounded to 8 bits too.
+"""A layer whose weight is stored in a code; its activations may be rounded to 8 bits too.
 
 In PyTorch the weight is decoded on the fly and activations are rounded in floating point: that is the meaning of the
 layer. Runtimes that compute with integers read the same buffers (`flyweight.runtimes._lower`).
@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from flyweight.transforms._grid import Encoded, Grid, decode, encode, pack, unpack
+from flyweight import discover
+from flyweight.codes import Grid
 
 Activations = Literal["float", "dynamic", "static"]
 
@@ -26,29 +27,40 @@ class _Decoded(torch.Tensor):
 
 
 class QuantizedLayer(nn.Module):
-    """The layer `inner` with its weight as integers.
+    """The layer `inner` with its weight in a code.
 
-    Buffers: codes, (O, I) int8 or (O, ceil(I / 2)) uint8 with two 4-bit integers a byte; scales, (O, G) float32;
-    zeros, (O, G) uint8 when asymmetric; input_grid and output_grid, (2,) float32 scale and zero point, when static.
+    Buffers: what the code stores, integers among them; input_grid and output_grid, (2,) float32 scale and zero point, when
+    static.
     """
 
-    codes: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
+    integers: torch.Tensor
     input_grid: torch.Tensor
     output_grid: torch.Tensor
 
-    def __init__(self, inner: nn.Module, on: Grid, encoded: Encoded, *, transposed: bool = False) -> None:
-        """inner: the layer, of which a copy without weight is kept; transposed: its weight is (I, O)."""
+    def __init__(
+        self,
+        inner: nn.Module,
+        code: str,
+        options: Any,
+        encoded: tuple[torch.Tensor, Grid],
+        *,
+        transposed: bool,
+    ) -> None:
+        """inner: the layer, of which a copy without weight is kept; encoded: (O, I) integers on a grid of the code.
+
+        transposed: the layer's own weight is (I, O).
+        """
         super().__init__()
         weight = inner.get_parameter("weight")
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
-        self.inputs, self.transposed = encoded.codes.shape[1], transposed
-        self.on, self.activations = on, "float"
+        self.rows, self.columns = encoded[0].shape
+        self.code, self.options, self.transposed = code, options, transposed
+        self.activations: Activations = "float"
         self.inner = shell(inner)
-        self.register_buffer("codes", pack(encoded.codes) if on.bits == 4 else encoded.codes)
-        self.register_buffer("scales", encoded.scales)
-        self.register_buffer("zeros", encoded.zeros)
+        stored = discover.method("codes", code).store(*encoded, options)
+        self.names = tuple(stored)
+        for name, tensor in stored.items():
+            self.register_buffer(name, tensor)
 
     def static(self, input_grid: tuple[float, int], output_grid: tuple[float, int] | None) -> QuantizedLayer:
         """Round inputs to the unsigned 8-bit grid (scale, zero point); a runtime may also round outputs to theirs."""
@@ -63,10 +75,16 @@ class QuantizedLayer(nn.Module):
         self.activations = "dynamic"
         return self
 
-    def encoded(self) -> Encoded:
-        """The integers, unpacked."""
-        codes = unpack(self.codes, self.inputs, self.on.symmetric) if self.on.bits == 4 else self.codes
-        return Encoded(codes, self.scales, self.zeros)
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors that hold the weight, by the code's names."""
+        return {name: self.get_buffer(name) for name in self.names}
+
+    def encoded(self) -> tuple[torch.Tensor, Grid]:
+        """The int16 integers (O, I) and the grid that they are on."""
+        found: tuple[torch.Tensor, Grid] = discover.method("codes", self.code).restore(
+            self.stored(), self.columns, self.options
+        )
+        return found
 
     @property
     def weight(self) -> torch.Tensor:
@@ -74,7 +92,8 @@ class QuantizedLayer(nn.Module):
         return self._decoded().as_subclass(_Decoded)
 
     def _decoded(self) -> torch.Tensor:
-        decoded = decode(self.encoded()).to(self.dtype)
+        integers, grid = self.encoded()
+        decoded = grid.values(integers).to(self.dtype)
         return (decoded.T if self.transposed else decoded).reshape(self.shape)
 
     @property
@@ -112,47 +131,15 @@ def round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.
     return codes.sub_(zero).mul_(scale).to(x.dtype)
 
 
-def quantized(
-    module: nn.Module,
-    kind: str,
-    on: Grid,
-    energy: torch.Tensor | None = None,
-    input_scale: float | None = None,
-) -> QuantizedLayer:
-    """A quantized copy of a layer.
-
-    energy: mean square per input channel, which weighs the scale search below 8 bits. input_scale: of static activations;
-    no weight scale may then be so small that the bias overflows 32-bit integers in units of their product.
-    """
-    weight = module.get_parameter("weight").detach()
-    bias = getattr(module, "bias", None)
-    floor = None
-    if input_scale is not None and bias is not None:
-        floor = bias.detach().float().abs() / (input_scale * 2**30)
-    encoded = encode(rows(module, kind), on, _spread(energy, weight, kind), floor)
-    return QuantizedLayer(module, on, encoded, transposed=_is_transposed(module, kind))
-
-
 def rows(module: nn.Module, kind: str) -> torch.Tensor:
     """A layer's weight as (output channels, inputs of each)."""
     weight = module.get_parameter("weight").detach()
-    return weight.T if _is_transposed(module, kind) else weight.flatten(1)
+    return weight.T if is_transposed(module, kind) else weight.flatten(1)
 
 
-def _is_transposed(module: nn.Module, kind: str) -> bool:
+def is_transposed(module: nn.Module, kind: str) -> bool:
     """Whether the weight is (inputs, outputs), as in GPT-2's own linear layer."""
     return kind == "linear" and not isinstance(module, nn.Linear)
-
-
-def _spread(energy: torch.Tensor | None, weight: torch.Tensor, kind: str) -> torch.Tensor | None:
-    """Energy per input of one output channel; None where channels differ in what they see (grouped convolution)."""
-    if energy is None or not bool(energy.any()):
-        return None
-    if kind != "conv":
-        return energy
-    if energy.numel() != weight.shape[1]:
-        return None
-    return energy.repeat_interleave(weight[0, 0].numel())
 
 
 def _map_first(

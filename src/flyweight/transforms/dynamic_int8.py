@@ -13,8 +13,8 @@ from torch import nn
 
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
-from flyweight.transforms._grid import grid
-from flyweight.transforms._quantized import QuantizedLayer, quantized
+from flyweight.transforms._int8 import int8
+from flyweight.transforms._quantized import QuantizedLayer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,5 +46,5 @@ def closeness(options: Options) -> float:
 
 def replace(model: nn.Module, site: Site, options: Options, context: Context) -> Mapping[str, nn.Module]:
     """The quantized layer at its path; the model is not changed."""
-    on = grid(8, None, symmetric=True, reduced=options.reduced)
-    return {site.name: quantized(model.get_submodule(site.name), site.kind, on).dynamic()}
+    layer = int8(model.get_submodule(site.name), site.kind, reduced=options.reduced)
+    return {site.name: layer.dynamic()}

@@ -13,9 +13,9 @@ from torch import nn
 
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
-from flyweight.transforms._grid import activation_grid, grid
+from flyweight.transforms._int8 import activation_grid, int8
 from flyweight.transforms._options import require
-from flyweight.transforms._quantized import QuantizedLayer, quantized
+from flyweight.transforms._quantized import QuantizedLayer
 
 RANGES = ("minmax", "percentile", "mse")
 
@@ -56,9 +56,10 @@ def replace(model: nn.Module, site: Site, options: Options, context: Context) ->
 
     Without statistics for the site, as when a stored artifact is rebuilt, the ranges are placeholders of 1.
     """
-    on = grid(8, None, symmetric=True, reduced=options.reduced)
     seen = context.statistics.get(site.name)
     input_grid = (1.0, 0) if seen is None else activation_grid(seen.input, options.range)
     output_grid = (1.0, 0) if seen is None else activation_grid(seen.output, options.range)
-    layer = quantized(model.get_submodule(site.name), site.kind, on, input_scale=input_grid[0])
+    layer = int8(
+        model.get_submodule(site.name), site.kind, reduced=options.reduced, input_scale=input_grid[0]
+    )
     return {site.name: layer.static(input_grid, output_grid)}

@@ -1,0 +1,256 @@
+"""How the inputs of layers go together: mean outer products, collected in one streamed pass over the examples.
+
+Shapes: I inputs of one output channel, kernel elements included, in the order of the layer's weight; a convolution with P > 1
+groups has a matrix for each, (P, I, I). Padding tokens are inputs like any other. Sites that read the same tensor in every
+pass share one matrix: it is computed and held once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import weakref
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from flyweight.analysis._patches import input_rows, reading, row_count
+from flyweight.analysis.calls import Call, Watch, unfused
+from flyweight.errors import DataError, ModelError, UsageError
+from flyweight.inputs.check import run_example
+from flyweight.records import Batch
+
+
+@dataclass
+class _Sum:
+    """A running sum of outer products."""
+
+    total: torch.Tensor  # (P, I, I) float32
+    rows: int = 0
+
+
+def grams(
+    model: nn.Module, sites: Collection[str], examples: Sequence[Batch], *, rows: int | None = None
+) -> Mapping[str, torch.Tensor]:
+    """Mean x x^T over the inputs x (I,) of each site, (I, I) or (P, I, I) float32, by the site's path.
+
+    rows: inputs taken of each site in each example, evenly spread; None: all. Embeddings have no matrix, nor have sites
+    that no example reaches. Raises DataError without examples, or where an input is NaN or infinite or the model refuses
+    an example, ModelError for a site without a weight of its own, UsageError for an unknown site or rows below 1.
+    """
+    means, leaders = _means((model,), sites, examples, rows)
+    symmetric = {path: (mean + mean.mT) / 2 for path, mean in means.items()}
+    return {path: symmetric[leader] for path, leader in leaders.items()}
+
+
+def lazily(
+    model: nn.Module, sites: Collection[str], examples: Sequence[Batch]
+) -> Callable[[str], torch.Tensor | None]:
+    """A function from a site to its matrix of `grams`, or None; all are collected when the first is asked for."""
+
+    @functools.cache
+    def collected() -> Mapping[str, torch.Tensor]:
+        return grams(model, sites, examples)
+
+    return lambda site: collected().get(site)
+
+
+def crosses(
+    original: nn.Module,
+    model: nn.Module,
+    sites: Collection[str],
+    examples: Sequence[Batch],
+    *,
+    rows: int | None = None,
+) -> Mapping[str, torch.Tensor]:
+    """Mean x_original x^T of each site, (I, I) or (P, I, I) float32: its inputs in two models of one structure, side by side.
+
+    The original's inputs of one example are held at a time. rows, errors and sites left out are those of `grams`; a site
+    that is called with inputs of another shape in the other model raises ModelError.
+    """
+    means, leaders = _means((original, model), sites, examples, rows)
+    return {path: means[leader] for path, leader in leaders.items()}
+
+
+def _means(
+    models: tuple[nn.Module, ...], sites: Collection[str], examples: Sequence[Batch], rows: int | None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Mean outer products of the first model's inputs with the last's, of the sites that lead; and each site's leader.
+
+    Which sites share is read off the first example; where a later one disagrees, all begins anew with those sites apart.
+    """
+    if not len(examples):
+        raise DataError("there must be examples to learn a layer's inputs from", got="none")
+    if rows is not None and rows < 1:
+        raise UsageError("rows must be at least 1, or None", got=repr(rows), where="rows")
+    watched = [(model, _weights(model, sites)) for model in models]
+    reads = _joint(_watched(model, weights, examples, 0, _ignore) for model, weights in watched)
+    apart: set[str] = set()
+    while True:
+        leaders = _leaders(reads, sites, apart)
+        sums, differing = _streamed(watched, examples, leaders, rows)
+        if not differing:
+            means = {path: _mean(path, found) for path, found in sums.items() if found.rows}
+            return means, {path: leader for path, leader in leaders.items() if leader in means}
+        apart |= differing
+
+
+def _streamed(
+    watched: Sequence[tuple[nn.Module, Mapping[int, str]]],
+    examples: Sequence[Batch],
+    leaders: Mapping[str, str],
+    rows: int | None,
+) -> tuple[dict[str, _Sum], set[str]]:
+    """Sums of the sites that lead; and the sites that turned out to read other tensors than their leader."""
+    sums: dict[str, _Sum] = {}
+    waiting: dict[str, list[Call]] = {}
+    odd: set[str] = set()
+
+    def keep(path: str, call: Call) -> None:
+        if leaders[path] == path:
+            waiting.setdefault(path, []).append(_kept(call))
+
+    def add(path: str, call: Call) -> None:
+        if leaders[path] == path:
+            partner = call if len(watched) == 1 else _partner(call, waiting.get(path, []))
+            if partner is None:
+                odd.add(path)
+            else:
+                _add(sums, path, partner, call, rows)
+
+    for index in range(len(examples)):
+        waiting.clear()
+        steps = [*[keep] * (len(watched) - 1), add]
+        reads = _joint(
+            _watched(model, weights, examples, index, seen)
+            for (model, weights), seen in zip(watched, steps, strict=True)
+        )
+        odd.update(path for path, calls in waiting.items() if calls)
+        if odd:  # raised here, not where it is seen: there it would pass for the model's own error
+            rule = "both models must call a site alike"
+            raise ModelError(rule, got=f"other inputs in examples[{index}]", where=f"layer {min(odd)}")
+        differing = {path for path, leader in leaders.items() if reads.get(path) != reads.get(leader)}
+        if differing:
+            return sums, differing
+    return sums, set()
+
+
+def _watched(
+    model: nn.Module,
+    weights: Mapping[int, str],
+    examples: Sequence[Batch],
+    index: int,
+    seen: Callable[[str, Call], None],
+) -> dict[str, list[object]]:
+    """Run one example, hand its calls to seen, and tell of each site which tensors it read, numbered as they came."""
+    number = _numbering()
+    reads: dict[str, list[object]] = {}
+
+    def note(path: str, call: Call) -> None:
+        if call.kind != "embedding":
+            reads.setdefault(path, []).append((number(call.input), *reading(call)))
+            seen(path, call)
+
+    with unfused(), Watch(weights, note, lambda path, function: None):
+        run_example(model, examples, index)
+    return reads
+
+
+def _numbering() -> Callable[[torch.Tensor], int]:
+    """A function that gives equal numbers to one tensor with one content; it keeps no tensor alive."""
+    known: dict[int, tuple[weakref.ref[torch.Tensor], int, int]] = {}
+    numbers = itertools.count()
+
+    def number(tensor: torch.Tensor) -> int:
+        version = 0 if tensor.is_inference() else tensor._version
+        before = known.get(id(tensor))  # an id may be that of a tensor that is gone
+        if before is None or before[0]() is not tensor or before[1] != version:
+            known[id(tensor)] = (weakref.ref(tensor), version, next(numbers))
+        return known[id(tensor)][2]
+
+    return number
+
+
+def _joint(reads: Iterable[Mapping[str, list[object]]]) -> dict[str, list[object]]:
+    """What sites read in one model after the other."""
+    joined: dict[str, list[object]] = {}
+    for one in reads:
+        for path, tokens in one.items():
+            joined.setdefault(path, []).append(tokens)
+    return joined
+
+
+def _leaders(
+    reads: Mapping[str, list[object]], sites: Collection[str], apart: Collection[str]
+) -> dict[str, str]:
+    """Of each site the first one that reads the same tensors; sites apart, and such as did not run, lead themselves."""
+    first: dict[str, str] = {}
+    return {
+        path: path if path in apart or path not in reads else first.setdefault(repr(reads[path]), path)
+        for path in sites
+    }
+
+
+def _ignore(path: str, call: Call) -> None:
+    """Have no use for a call."""
+
+
+def _add(sums: dict[str, _Sum], path: str, left: Call, right: Call, rows: int | None) -> None:
+    """Add the outer products of two calls' rows, every so many of them."""
+    every = 1 if rows is None else max(1, -(-row_count(right) // rows))
+    start = 0
+    for first, second in zip(input_rows(left), input_rows(right), strict=True):
+        a, b = (one[:, -start % every :: every] for one in (first, second))
+        start += first.shape[1]
+        if path not in sums:
+            sums[path] = _Sum(a.new_zeros(len(a), a.shape[2], b.shape[2]))
+        sums[path].rows += a.shape[1]
+        if len(a) == 1:
+            sums[path].total[0].addmm_(a[0].T, b[0])
+        else:
+            sums[path].total.baddbmm_(a.mT, b)
+
+
+def _mean(path: str, found: _Sum) -> torch.Tensor:
+    """The mean (I, I), or (P, I, I) of P > 1 groups."""
+    mean = found.total / found.rows
+    if not bool(torch.isfinite(mean).all()):
+        raise DataError(
+            "activations must be finite",
+            got="NaN, infinite or overflowing values",
+            where=f"layer {path}",
+            way_out="check the examples and the model's weights",
+        )
+    return mean[0] if len(mean) == 1 else mean
+
+
+def _kept(call: Call) -> Call:
+    """The call with a copy of its input, which the model may change in place later."""
+    return dataclasses.replace(call, input=call.input.detach().clone())
+
+
+def _partner(call: Call, waiting: list[Call]) -> Call | None:
+    """The original model's call that goes with this one, which waits no longer; None when there is none of its shape."""
+    return waiting.pop(0) if waiting and waiting[0].input.shape == call.input.shape else None
+
+
+def _weights(model: nn.Module, sites: Collection[str]) -> dict[int, str]:
+    """id(weight) -> path of each site."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[int, str] = {}
+    for path in sites:
+        if path not in modules:
+            raise UsageError("a site must be a layer of the model", got=repr(path))
+        weight = modules[path]._parameters.get("weight")
+        if weight is None:
+            raise ModelError(
+                "a site must have a weight of its own",
+                got=type(modules[path]).__name__,
+                where=f"layer {path}",
+                way_out="collect before the layer is changed",
+            )
+        found[id(weight)] = path
+    return found

@@ -1,0 +1,26 @@
+"""How a weight is stored: one file, one code. Which integers it stores is a rounding's business, never a code's.
+
+A weight is (O, I): output channels by inputs of one of them, kernel elements included. A code's file holds
+
+    class Options                                           # how fine, how grouped; checked when built
+    LEVELS: Sequence[Options]                               # worth trying, from the gentlest to the smallest
+    def refuse(rows, columns, options) -> str | None        # why it does not fit a weight of that shape, or None
+    def nbytes(rows, columns, options) -> int               # of the stored tensors, to the byte
+    def fit(weight, options, energy=None) -> Grid           # energy: (I,) mean square of each input; weighs the error
+    def storable(grid, options) -> Grid                     # the same grid with scales as they can be stored
+    def store(integers, grid, options) -> dict[str, Tensor] # packed: what lies in the file
+    def restore(stored, columns, options) -> (integers, Grid)   # exact: integers int16, the grid bit for bit
+
+What `fit` returns is storable. A rounding that changes scales hands its grid through `storable` before `store`, which
+raises UsageError for scales it would have to change. All of it is deterministic, and no input is changed. `fit` works in
+float32 (a float64 weight is rounded first); it raises ModelError for entries that are NaN, infinite or beyond 1e30,
+DataError for an energy of another length, negative or not finite, and UsageError with `refuse`'s reason. `restore` raises
+ArtifactError for tensors of another name, shape or type.
+
+Inputs without any energy count like all others where a whole group of them shares a scale. A group, channel or tensor of
+zeros gets scale 1, and decodes to exact zeros, as does a channel of zeros among others.
+"""
+
+from __future__ import annotations
+
+from flyweight.codes._grid import Grid as Grid

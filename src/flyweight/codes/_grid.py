@@ -1,0 +1,58 @@
+"""The values that the entries of a weight may take: what a code fits, and what a rounding picks from.
+
+Shapes: a weight is (O, I), output channels by inputs of one of them; G groups of inputs share a scale; P tables serve
+O / P output channels each, in order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Every entry is an integer in [low, high] standing for (level - zero) * scale * column; the level is it, or is in a table."""
+
+    low: int
+    high: int
+    group: int
+    """Inputs that share a scale: I / G."""
+    scales: torch.Tensor  # (O, G) float32, not 0; some are below 0 where low < -high, see codes/integer.py
+    zeros: torch.Tensor | None = None  # (O, G) float32; None: 0
+    table: torch.Tensor | None = None  # (P, high - low + 1) float32, ascending; None: the integers themselves
+    columns: torch.Tensor | None = None  # (I,) float32, above 0: a further factor of each input; None: 1
+
+    def nearest(self, weight: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """The int16 integers whose values are nearest to the columns start, start + 1, ... of a weight (O, n).
+
+        Halves go to the even integer, in a table to the lower one.
+        """
+        scales, zeros = self._columns(start, weight.shape[1])
+        levels = weight.float() / scales
+        if self.columns is not None:
+            levels = levels / self.columns[start : start + weight.shape[1]]
+        if zeros is not None:
+            levels = levels + zeros
+        if self.table is None:
+            return levels.round().clamp(self.low, self.high).to(torch.int16)
+        middles = (self.table[:, 1:] + self.table[:, :-1]) / 2
+        found = torch.searchsorted(middles, levels.reshape(len(self.table), -1).contiguous())
+        return (found.reshape(levels.shape) + self.low).to(torch.int16)
+
+    def values(self, integers: torch.Tensor, start: int = 0) -> torch.Tensor:
+        """The float32 values (O, n) that integers in the columns start, start + 1, ... stand for."""
+        scales, zeros = self._columns(start, integers.shape[1])
+        if self.table is None:
+            levels = integers.float()
+        else:
+            index = (integers.long() - self.low).reshape(len(self.table), -1)
+            levels = self.table.gather(1, index).reshape(integers.shape)
+        found = (levels if zeros is None else levels - zeros) * scales
+        return found if self.columns is None else found * self.columns[start : start + integers.shape[1]]
+
+    def _columns(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Scales and zeros of the columns, (O, count)."""
+        which = torch.arange(start, start + count) // self.group
+        return self.scales[:, which], None if self.zeros is None else self.zeros[:, which]

@@ -1,0 +1,237 @@
+"""Nodes that decode a stored weight: evenly spaced integers by DequantizeLinear, tables by Gather.
+
+Everything here reads constants alone, so a runtime may compute it once, when it loads the graph. Integers lie in the smallest
+element type that holds them, of 4 or 8 bits. Shapes: a weight is (O, I) with G scales a channel; it is turned to (I, O) for
+products.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import onnx
+import torch
+
+from flyweight.codes import Grid
+from flyweight.runtimes._layout import TRANSPOSED, as_stored
+from flyweight.runtimes._lowered import KINDS, Lowered
+from flyweight.transforms import QuantizedLayer
+
+
+def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -> str:
+    """Nodes that decode a layer's weight, (I, O) if turned, else in the layer's own shape; returns the floats' name."""
+    name = f"{owner}decoded"
+    if name in low.dynamic:
+        return name
+    low.dynamic.add(name)
+    integers, grid = module.encoded()
+    plain = grid.table is None and (turned or grid.scales.shape[1] == 1)
+    made = name if turned or plain else f"{name}.flat"
+    if grid.table is None:
+        shape = integers.T.shape if turned else module.shape if plain else integers.shape
+        _even(low, owner, (integers, grid), made, tuple(shape), turned=turned)
+    else:
+        _table(low, owner, (integers, grid), made, turned=turned)
+    if made != name:
+        low.node("Reshape", [made, low.small(f"{name}.shape", torch.tensor(module.shape))], name)
+    return name
+
+
+def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> str:
+    """Nodes that decode the rows of an embedding that its ids name; returns the floats' name, which is y."""
+    integers, grid = module.encoded()
+    integers = integers if grid.table is None else integers - grid.low
+    wide = "int8" if grid.table is None and grid.low < 0 else "uint8"
+    found = low.node(
+        "Gather", [_stored(low, f"{owner}integers", integers, wide, turned=False), ids], f"{y}.codes"
+    )
+    if grid.table is None:
+        levels = low.node("Cast", [found], f"{y}.rows", to=onnx.TensorProto.FLOAT)
+    else:
+        index = low.node("Cast", [found], f"{y}.index", to=onnx.TensorProto.INT32)
+        if len(grid.table) > 1:
+            starts = low.node("Gather", [low.small(f"{owner}starts", _starts(grid)), ids], f"{y}.starts")
+            index = low.node("Add", [index, starts], f"{y}.places")
+        levels = low.node("Gather", [_table_values(low, owner, grid), index], f"{y}.levels")
+    groups = grid.scales.shape[1]
+    if groups > 1:
+        tail = low.small(f"{owner}groups", torch.tensor([groups, grid.group]))
+        inner = low.node("Concat", [low.node("Shape", [ids], f"{y}.ids"), tail], f"{y}.inner", axis=0)
+        levels = low.node("Reshape", [levels, inner], f"{y}.grouped")
+    for kind, values, operation in (("zeros", grid.zeros, "Sub"), ("scales", grid.scales, "Mul")):
+        if values is not None and not (kind == "scales" and "scales" not in module.names):
+            levels = low.node(
+                operation, [levels, _per_row(low, owner, module, kind, ids, y, groups)], f"{y}.{kind}d"
+            )
+    if groups > 1:
+        whole = low.small(f"{owner}width", torch.tensor([module.columns]))
+        outer = low.node("Concat", [f"{y}.ids", whole], f"{y}.outer", axis=0)
+        levels = low.node("Reshape", [levels, outer], f"{y}.whole")
+    return low.node("Identity", [levels], y)
+
+
+def product_integers(low: Lowered, owner: str, module: QuantizedLayer) -> str:
+    """The name of a layer's int8 integers (I, O)."""
+    return _stored(low, f"{owner}integers", module.encoded()[0], "int8", turned=True)
+
+
+def scales(low: Lowered, owner: str, module: QuantizedLayer) -> str:
+    """The name of float32 scales, one a channel (O,), or one for the whole tensor ()."""
+    key, count = f"{owner}scales", module.stored()["scales"].numel()
+    return _floats(low, key, () if count == 1 and module.rows > 1 else (count,))
+
+
+def _even(
+    low: Lowered,
+    owner: str,
+    encoded: tuple[torch.Tensor, Grid],
+    name: str,
+    shape: tuple[int, ...],
+    *,
+    turned: bool,
+) -> None:
+    """DequantizeLinear per tensor, per channel or in blocks."""
+    integers, grid = encoded
+    kind = _kind(grid)
+    inputs = [_stored(low, f"{owner}integers", integers, kind, turned=turned, shape=shape)]
+    groups, stored = grid.scales.shape[1], low.weights[f"{owner}scales"]
+    if stored.numel() == 1 and grid.scales.numel() > 1:
+        form: tuple[int, ...] = ()
+        attributes = {}
+    elif groups == 1:
+        form, attributes = (len(grid.scales),), {"axis": 1 if turned else 0}
+    else:
+        form = (groups, len(grid.scales)) if turned else tuple(grid.scales.shape)
+        attributes = {"axis": 0 if turned else 1, "block_size": grid.group}
+        if turned:
+            _turn(low, f"{owner}scales")
+    inputs.append(_floats(low, f"{owner}scales", form))
+    if grid.zeros is not None:
+        zeros = grid.zeros[:1] if form == () else grid.zeros
+        inputs.append(
+            _stored(
+                low, f"{owner}zeros", zeros.to(torch.int16), kind, turned=turned and groups > 1, shape=form
+            )
+        )
+    low.node("DequantizeLinear", inputs, name, **attributes)
+
+
+def _table(low: Lowered, owner: str, encoded: tuple[torch.Tensor, Grid], name: str, *, turned: bool) -> None:
+    """Gather from the table, times the scales."""
+    integers, grid = encoded
+    index = _stored(low, f"{owner}integers", integers - grid.low, _kind(grid), turned=turned)
+    index = low.node("Cast", [index], f"{name}.index", to=onnx.TensorProto.INT32)
+    table, outputs, groups = _table_values(low, owner, grid), len(integers), grid.scales.shape[1]
+    if grid.table is not None and len(grid.table) > 1:
+        starts = _starts(grid).reshape((1, -1) if turned else (-1, 1))
+        index = low.node("Add", [index, low.small(f"{name}.starts", starts)], f"{name}.places")
+    if f"{owner}scales" not in low.weights:
+        low.node("Gather", [table, index], name)
+        return
+    levels = low.node("Gather", [table, index], f"{name}.levels")
+    if groups == 1:
+        form: tuple[int, ...] = (1, outputs) if turned else (outputs, 1)
+        one = low.weights[f"{owner}scales"].numel() == 1
+        low.node("Mul", [levels, _floats(low, f"{owner}scales", () if one else form)], name)
+        return
+    inner = (groups, grid.group, outputs) if turned else (outputs, groups, grid.group)
+    form = (groups, 1, outputs) if turned else (outputs, groups, 1)
+    if turned:
+        _turn(low, f"{owner}scales")
+    grouped = low.node(
+        "Reshape", [levels, low.small(f"{name}.inner", torch.tensor(inner))], f"{name}.grouped"
+    )
+    scaled = low.node("Mul", [grouped, _floats(low, f"{owner}scales", form)], f"{name}.scaled")
+    whole = tuple(integers.T.shape) if turned else tuple(integers.shape)
+    low.node("Reshape", [scaled, low.small(f"{name}.whole", torch.tensor(whole))], name)
+
+
+def _table_values(low: Lowered, owner: str, grid: Grid) -> str:
+    """The name of the table's float32 values (P * entries,)."""
+    table, key = cast(torch.Tensor, grid.table), f"{owner}table"
+    if key in low.weights:
+        return _floats(low, key, (table.numel(),))
+    name = f"{key}.implied"  # of a number format: not stored
+    if name not in low.dynamic:
+        low.dynamic.add(name)
+        low.small(name, table.reshape(-1))
+    return name
+
+
+def _starts(grid: Grid) -> torch.Tensor:
+    """Where each channel's table begins, (O, 1) int32."""
+    tables, entries = cast(torch.Tensor, grid.table).shape
+    each = len(grid.scales) // tables
+    return (torch.arange(tables, dtype=torch.int32) * entries).repeat_interleave(each)[:, None]
+
+
+def _per_row(
+    low: Lowered, owner: str, module: QuantizedLayer, kind: str, ids: str, y: str, groups: int
+) -> str:
+    """Scales or zeros of the rows that are looked up, float32 (..., 1) or (..., G, 1)."""
+    key = f"{owner}{kind}"
+    grid = module.encoded()[1]
+    if kind == "zeros" and grid.zeros is not None:
+        shared = module.stored()["scales"].numel() == 1
+        zeros = (grid.zeros[:1] if shared else grid.zeros).to(torch.int16)
+        name = low.node(
+            "Cast",
+            [_stored(low, key, zeros, "uint8", turned=False)],
+            f"{key}.float",
+            to=onnx.TensorProto.FLOAT,
+        )
+    else:
+        name = _floats(low, key, tuple(low.weights[key].shape))
+    if low.weights[key].shape[0] > 1 or module.rows == 1:
+        name = low.node("Gather", [name, ids], f"{y}.{kind}")
+    if groups == 1:
+        return name
+    axis = low.small(f"{owner}{kind}.axis", torch.tensor([-1]))
+    return low.node("Unsqueeze", [name, axis], f"{y}.{kind}.wide")
+
+
+def _kind(grid: Grid) -> str:
+    """The smallest element type for a grid's integers; a table's count from 0."""
+    low, high = (0, grid.high - grid.low) if grid.table is not None else (grid.low, grid.high)
+    if low < 0:
+        return "int4" if low >= -8 and high <= 7 else "int8"
+    return "uint4" if high <= 15 else "uint8"
+
+
+def _stored(
+    low: Lowered,
+    key: str,
+    integers: torch.Tensor,
+    kind: str,
+    *,
+    turned: bool,
+    shape: tuple[int, ...] | None = None,
+) -> str:
+    """Store integers (R, C) in an element type, turned or not, and tell the layout; returns the name."""
+    if key not in low.layouts:
+        low.weights[key], low.layouts[key] = as_stored(integers, kind, turned=turned)
+    whole = tuple(integers.T.shape if turned else integers.shape)
+    return low.stored(key, KINDS[kind], whole if shape is None else shape)
+
+
+def _floats(low: Lowered, key: str, shape: tuple[int, ...]) -> str:
+    """The name of stored numbers as float32."""
+    tensor = low.weights[key]
+    name = low.stored(key, shape=shape)
+    if tensor.dtype == torch.float32:
+        return name
+    cast = f"{key}.float32"
+    if cast in low.dynamic:
+        return cast
+    low.dynamic.add(cast)
+    if tensor.dtype == torch.uint8:  # powers of two by their exponents
+        exact = low.node("Cast", [name], f"{key}.exponent", to=onnx.TensorProto.FLOAT)
+        bias, two = low.small(f"{key}.bias", torch.tensor(127.0)), low.small(f"{key}.two", torch.tensor(2.0))
+        return low.node("Pow", [two, low.node("Sub", [exact, bias], f"{key}.power")], cast)
+    return low.node("Cast", [name], cast, to=onnx.TensorProto.FLOAT)
+
+
+def _turn(low: Lowered, key: str) -> None:
+    if key not in low.layouts:
+        low.layouts[key] = TRANSPOSED
+        low.weights[key] = low.weights[key].T.contiguous()

@@ -1,0 +1,78 @@
+"""A graph under construction: nodes, small constants, and what refers to the weights on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import torch
+from onnx import helper
+
+KINDS: Mapping[str, int] = {
+    "int4": onnx.TensorProto.INT4,
+    "uint4": onnx.TensorProto.UINT4,
+    "int8": onnx.TensorProto.INT8,
+    "uint8": onnx.TensorProto.UINT8,
+}
+"""Element types of stored integers, by their name in an artifact's layouts."""
+TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.float64: onnx.TensorProto.DOUBLE,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.uint8: onnx.TensorProto.UINT8,
+    torch.int32: onnx.TensorProto.INT32,
+    torch.int64: onnx.TensorProto.INT64,
+    torch.bool: onnx.TensorProto.BOOL,
+}
+"""Element types by torch's."""
+
+
+@dataclass
+class Lowered:
+    """A graph under construction, and the weights it refers to."""
+
+    graph: Any
+    """The ModelProto."""
+    weights: dict[str, torch.Tensor]
+    """What goes to weights.safetensors, by state-dict key, or by onnx.NAME for constants of the graph alone."""
+    layouts: dict[str, str] = field(default_factory=dict)
+    """Keys whose tensor is stored otherwise than in the PyTorch model."""
+    refers: dict[str, tuple[str, int, tuple[int, ...]]] = field(default_factory=dict)
+    """Initializer name -> (key of weights, element type, dimensions)."""
+    nodes: list[Any] = field(default_factory=list)
+    grids: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Graph tensors that are to be rounded to an unsigned 8-bit grid."""
+    alone: set[str] = field(default_factory=set)
+    """Those of them that only linear layers read rounded; a sum beside them gains nothing from rounding."""
+    outputs: list[tuple[str, tuple[float, int]]] = field(default_factory=list)
+    """Outputs of integer convolutions with their own grid, in order."""
+    dynamic: set[str] = field(default_factory=set)
+
+    def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        """Append a node with one output; returns the output's name."""
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+        return output
+
+    def small(self, name: str, tensor: torch.Tensor) -> str:
+        """A constant kept in the graph; returns its name."""
+        values = tensor.detach().contiguous()
+        self.graph.graph.initializer.append(
+            helper.make_tensor(
+                name, TYPES[values.dtype], tuple(values.shape), values.numpy().tobytes(), raw=True
+            )
+        )
+        return name
+
+    def stored(self, key: str, kind: int | None = None, shape: Sequence[int] | None = None) -> str:
+        """A constant that lies in the weights under its key; returns its name."""
+        tensor = self.weights[key]
+        self.refers[key] = (
+            key,
+            kind or TYPES[tensor.dtype],
+            tuple(tensor.shape if shape is None else shape),
+        )
+        return key

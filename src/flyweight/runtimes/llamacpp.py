@@ -1,0 +1,190 @@
+"""llama.cpp on the processor, for language models: needs the extra flyweight[llamacpp].
+
+It runs one file, model.gguf, which any llama.cpp takes. Logits are those of every token, from a 32-bit cache. If the model
+has an attribute `tokenizer`, the file holds its vocabulary; otherwise it takes token numbers only.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from flyweight.analysis.machine import cores
+from flyweight.errors import DataError, ModelError, first_line
+from flyweight.inputs.check import run
+from flyweight.records import Batch
+from flyweight.runtimes import _structure
+from flyweight.runtimes._export import names, tensors
+from flyweight.runtimes._files import GGUF, Predictor, match
+from flyweight.runtimes._gguf_model import causal, save
+from flyweight.runtimes._graph import Run
+
+FILE = True
+"""Whether it runs from a file alone, without the task's model class."""
+SESSION: frozenset[str] = frozenset()
+"""Session settings that an artifact may carry."""
+_SHORTEST = 512
+"""Tokens that the cache holds at first; it grows with the texts."""
+_SAME = 1e-4
+"""Relative distance up to which a wrapper's output counts as the logits of the model in it."""
+
+
+def available() -> str | None:
+    """None, or why it cannot run and how to get it."""
+    if importlib.util.find_spec("llama_cpp") is not None:
+        return None
+    return "llama_cpp not installed: pip install 'flyweight[llamacpp]', which builds it with cmake and a C++ compiler"
+
+
+def refuse(methods: frozenset[str]) -> str | None:
+    """Why a plan with these methods would not pay here, or None."""
+    if methods & {"dynamic_int8", "static_int8"}:
+        return "llama.cpp rounds activations in its own way; store weights as integers only"
+    return None
+
+
+def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
+    """Write the model to the folder `where` as a GGUF and load it; its output must be the logits of its tokens.
+
+    Raises ModelError when it is no such model or when a GGUF cannot hold it.
+    """
+    inner = causal(model)
+    template = _template(model, inner, examples[0])
+    save(inner, where / GGUF, getattr(model, "tokenizer", None))
+    given = zip(names(examples[0]), tensors(examples[0]), strict=True)
+    inputs = tuple((name, str(t.dtype).removeprefix("torch."), (None, None)) for name, t in given)
+    predict = open_file(where, {})
+
+    def call(batch: Batch) -> Any:
+        values = match(batch, [name for name, _, _ in inputs], [shape for _, _, shape in inputs])
+        arrays = {name: v.detach().cpu().numpy() for (name, _, _), v in zip(inputs, values, strict=True)}
+        return _structure.rebuild(template, map(torch.from_numpy, predict(arrays)))
+
+    outputs = _structure.describe(template)
+    return Predictor(runtime="llamacpp", call=call, files=(where / GGUF,), inputs=inputs, outputs=outputs)
+
+
+def open_file(folder: Path, session: Mapping[str, str]) -> Run:
+    """A function from named arrays, tokens (N, L) and perhaps a mask of ones, to the logits (N, L, V) float32.
+
+    Raises ModelError when llama.cpp does not take the file.
+    """
+    opened = [Reader.open(folder / GGUF, _SHORTEST, every=True)]
+
+    def call(inputs: dict[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
+        tokens, *masks = inputs.values()
+        _check(tokens, masks, opened[0].words)
+        if tokens.shape[1] > opened[0].length:
+            opened[0] = Reader.open(folder / GGUF, tokens.shape[1], every=True)
+        return [_logits(opened[0], tokens)]
+
+    return call
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A loaded file that reads tokens one after the other and keeps in its cache what it has read."""
+
+    llama: Any
+    """The package's Llama."""
+    length: int
+    """Tokens that the cache holds."""
+    words: int
+    """Tokens that the model knows."""
+    every: bool
+    """Whether logits are computed for every token, and not for the last only."""
+
+    @staticmethod
+    def open(file: Path, length: int, *, every: bool = False) -> Reader:
+        """Load a GGUF with a cache for `length` tokens; ModelError when llama.cpp does not take it."""
+        import llama_cpp
+
+        try:
+            llama = llama_cpp.Llama(
+                str(file),
+                n_gpu_layers=0,
+                n_ctx=length,
+                n_threads=cores(),
+                n_threads_batch=cores(),
+                type_k=llama_cpp.GGML_TYPE_F32,
+                type_v=llama_cpp.GGML_TYPE_F32,
+                logits_all=every,
+                verbose=False,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise ModelError("llama.cpp must be able to load the file", got=first_line(error)) from error
+        return Reader(llama, int(llama.n_ctx()), int(llama.n_vocab()), every)
+
+    def forget(self) -> None:
+        """Empty the cache."""
+        self.llama.reset()
+
+    def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Read tokens after those before; the logits (V,) that follow the last."""
+        import llama_cpp
+
+        self.llama.eval(list(tokens))
+        last = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
+        return np.ctypeslib.as_array(last, shape=(self.words,)).copy()
+
+
+def _logits(reader: Reader, tokens: NDArray[Any]) -> NDArray[np.float32]:
+    """Logits (N, L, V) of texts (N, L), each read by itself."""
+    count, length = tokens.shape
+    found = np.empty((count, length, reader.words), np.float32)
+    for text, row in zip(tokens.tolist(), found, strict=True):
+        if length:
+            reader.forget()
+            reader.read(text)
+            row[:] = reader.llama.scores[:length]
+    return found
+
+
+def _check(tokens: NDArray[Any], masks: Sequence[NDArray[Any]], words: int) -> None:
+    """Raise DataError when a batch is not what llama.cpp can be given; it checks nothing itself."""
+    if len(masks) > 1 or not all((mask == 1).all() for mask in masks):
+        way_out = "give texts of one length in a batch"
+        raise DataError("llama.cpp takes tokens without padding", got="a mask with zeros", way_out=way_out)
+    if tokens.size and not (tokens.min() >= 0 and tokens.max() < words):
+        raise DataError(f"tokens must be in [0, {words})", got=f"{tokens.min()} to {tokens.max()}")
+
+
+def _template(model: nn.Module, inner: nn.Module, batch: Batch) -> Any:
+    """The model's own output on a batch; raises ModelError when it is not the logits of its tokens."""
+    _check_inputs(batch)
+    output = run(model, batch)
+    wanted = run(inner, batch).logits if model is not inner else None
+    leaves = _structure.leaves(output)
+    fits = len(leaves) == 1 and leaves[0].ndim == 3 and leaves[0].shape[:2] == tensors(batch)[0].shape
+    if fits and wanted is not None:
+        fits = leaves[0].shape == wanted.shape and _distance(leaves[0], wanted) <= _SAME
+    if not fits:
+        raise ModelError(
+            "a model's output must be its logits, one row a token, to run on llama.cpp",
+            got=", ".join("x".join(map(str, leaf.shape)) for leaf in leaves) or "no tensor",
+            way_out="return output.logits, and set use_cache to False in its config",
+        )
+    return output
+
+
+def _check_inputs(batch: Batch) -> None:
+    known = ({"input_ids"}, {"input_ids", "attention_mask"})
+    first, *others = tensors(batch)
+    named = set(names(batch)) in known and names(batch)[0] == "input_ids" if isinstance(batch, dict) else True
+    if first.ndim != 2 or first.is_floating_point() or len(others) > 1 or not named:
+        raise ModelError(
+            "for llama.cpp a batch is tokens, texts by length, and perhaps an attention_mask",
+            got=", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(names(batch), tensors(batch), strict=True)),
+        )
+
+
+def _distance(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm().clamp(min=1e-30))
