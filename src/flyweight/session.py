@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from flyweight import discover, transforms
-from flyweight.analysis.gram import lazily
+from flyweight.analysis import fisher, gram
 from flyweight.analysis.machine import cores
 from flyweight.analysis.sites import Analysis, analyse
 from flyweight.analysis.trace import trace
@@ -185,9 +185,16 @@ def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Sessi
         *analysis.notes,
         *_remarks(folded, analysis),
     )
-    gram = lazily(folded, [site.name for site in analysis.sites], task.examples)
-    bench = Bench(task, goal, analysis.sites, transforms.Context(analysis.statistics, gram), folder)
+    bench = Bench(task, goal, analysis.sites, _context(folded, analysis, task, goal.seed), folder)
     return Session(task, analysis, folds, bench, said, model_digest, _examples_digest(task))
+
+
+def _context(model: nn.Module, analysis: Analysis, task: Task, seed: int) -> transforms.Context:
+    """What is known of the sites of a model with folded batch norms; what costs passes is collected when it is asked for."""
+    paths = [site.name for site in analysis.sites]
+    grams = gram.lazily(model, paths, task.examples)
+    rows = fisher.lazily(model, paths, task.examples, seed=seed)
+    return transforms.Context(analysis.statistics, grams, rows=rows)
 
 
 def _remarks(model: nn.Module, analysis: Analysis) -> list[str]:

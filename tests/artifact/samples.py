@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import save_file
 from flyweight.artifact.format import Manifest, TensorSpec, write
 from flyweight.artifact.manifest import sign
 from flyweight.records import Plan, Step
+from flyweight.runtimes._files import PACKED, pack
 
 MANIFEST = Manifest(
     task="sample",
@@ -46,18 +48,23 @@ def weights(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
-def source(folder: Path, seed: int = 0) -> Path:
-    """A folder with weights.safetensors and a model.onnx, y = x @ layer.weight, that refers to it."""
+def source(folder: Path, seed: int = 0, *, packed: bool = False) -> Path:
+    """A folder with weights.safetensors and a model.onnx, y = x @ layer.weight, that refers to it.
+
+    packed: with compressed weights beside the plain ones.
+    """
     folder.mkdir(parents=True)
     file = folder / "weights.safetensors"
     save_file(weights(seed), file)
     (folder / "model.onnx").write_bytes(graph(*extent(file.read_bytes(), "layer.weight")))
+    if packed:
+        pack(file, folder / PACKED)
     return folder
 
 
-def build(folder: Path, seed: int = 0) -> Path:
+def build(folder: Path, seed: int = 0, *, packed: bool = False) -> Path:
     """A whole small artifact at `folder`."""
-    write(folder, source(folder.with_name(f"{folder.name}-source-{seed}"), seed), MANIFEST)
+    write(folder, source(folder.with_name(f"{folder.name}-source-{seed}"), seed, packed=packed), MANIFEST)
     return folder
 
 
@@ -111,11 +118,25 @@ def replace_weights(folder: Path, raw: bytes) -> None:
     replace_file(folder, "weights.safetensors", raw)
 
 
-def replace_file(folder: Path, name: str, raw: bytes) -> None:
-    """Put another file in place and make its digest in the manifest right, as a forger does."""
+def replace_file(folder: Path, name: str, raw: bytes, **more: object) -> None:
+    """Put another file in place and make its digest in the manifest right, as a forger does.
+
+    more: what else its entry gets.
+    """
     (folder / name).write_bytes(raw)
-    entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest()}
+    entry = {"bytes": len(raw), "sha256": hashlib.sha256(raw).hexdigest(), **more}
     resign(folder, lambda document: document["files"].update({name: entry}))
+
+
+def packed_file(raw: bytes) -> bytes:
+    """Bytes as a gzip file of the format."""
+    coder = zlib.compressobj(9, zlib.DEFLATED, 31, 9, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(raw) + coder.flush()
+
+
+def replace_packed(folder: Path, raw: bytes, unpacked: object) -> None:
+    """Put other compressed weights in place, and the size that they are said to unpack to."""
+    replace_file(folder, PACKED, raw, unpacked=unpacked)
 
 
 def safetensors(header: object, buffer: bytes = b"", length: int | None = None) -> bytes:

@@ -38,12 +38,14 @@ CALLS = ("open", "write", "fsync", "mkdir", "rename", "lstat", "scandir")
 
 
 class Bench:
-    """An artifact at `folder`, the sources of two, and their digests: the old one and the new one."""
+    """An artifact at `folder`, the sources of two, and their digests: the old one, and the new one, compressed."""
 
     def __init__(self, tmp_path: Path) -> None:
         self.folder = tmp_path / "out" / "best"
         self.folder.parent.mkdir()
-        self.sources = [samples.source(tmp_path / f"source-{seed}", seed) for seed in (0, 1)]
+        self.sources = [
+            samples.source(tmp_path / f"source-{seed}", seed, packed=seed == 1) for seed in (0, 1)
+        ]
         self.digests = [self.put(seed) for seed in (1, 0)][::-1]
 
     def put(self, seed: int) -> str:

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from artifact import samples
-from attacks import bombs, path_escapes, payloads
+from attacks import bombs, compressed, path_escapes, payloads
 
 from flyweight.artifact.format import read
 from flyweight.errors import ArtifactError
@@ -14,7 +14,7 @@ from flyweight.errors import ArtifactError
 
 def main() -> None:
     """Print one line for each attack."""
-    for attack in (*path_escapes.ATTACKS, *bombs.ATTACKS, *payloads.ATTACKS):
+    for attack in (*path_escapes.ATTACKS, *bombs.ATTACKS, *payloads.ATTACKS, *compressed.ATTACKS):
         with tempfile.TemporaryDirectory() as place:
             folder = samples.build(Path(place) / "best")
             attack.forge(folder)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from artifact import samples
-from attacks import bombs, path_escapes, payloads
+from attacks import bombs, compressed, path_escapes, payloads
 from attacks.attack import CANARY, SECRET, Attack
 
 import flyweight
@@ -22,7 +22,7 @@ from flyweight.artifact.format import read, tensors
 from flyweight.errors import ArtifactError
 from flyweight.testing import faults
 
-NAMES = ("manifest.json", "weights.safetensors", "model.onnx")
+NAMES = ("manifest.json", "weights.safetensors", "model.onnx", "weights.safetensors.gz")
 RUNS = ("subprocess.", "os.exec", "os.posix", "os.system", "import", "socket.")
 SPARE = 48 * 2**20
 """Bytes of memory that a reader may take for a hostile artifact of at most 1 MiB."""
@@ -116,16 +116,14 @@ def test_no_payload_runs(good: Path, place: Path, figure: FIGURE) -> None:
 
 
 def test_no_bomb_goes_off(good: Path, place: Path, figure: FIGURE) -> None:
-    check_all(good, place, bombs.ATTACKS)
-    figure(
-        14,
-        f"bombs and malformed sizes answered within 1 s each: {len(bombs.ATTACKS)} of {len(bombs.ATTACKS)}",
-    )
+    attacks = (*bombs.ATTACKS, *compressed.ATTACKS)
+    check_all(good, place, attacks)
+    figure(14, f"bombs and malformed sizes answered within 1 s each: {len(attacks)} of {len(attacks)}")
 
 
 def test_a_bomb_takes_little_memory(good: Path, place: Path, figure: FIGURE) -> None:
     tried = 0
-    for attack in bombs.ATTACKS:
+    for attack in (*bombs.ATTACKS, *compressed.ATTACKS):
         folder = forged(good, place, attack)
         if sum(path.stat().st_size for path in folder.iterdir()) > 2**16:  # a smaller one fills no memory
             assert faults.in_child(lambda at=folder: read_poor(at)).code == 0, attack.name
@@ -171,7 +169,7 @@ def test_a_large_artifact_takes_no_more_memory_than_its_weights(
 def test_the_readme_counts_the_attacks() -> None:
     text = (Path(__file__).parent / "README.md").read_text()
     counted = dict(re.findall(r"^\| `(\w+).py` \| (\d+) \|", text, flags=re.MULTILINE))
-    families = (path_escapes, bombs, payloads)
+    families = (path_escapes, bombs, payloads, compressed)
     assert counted == {family.__name__.split(".")[1]: str(len(family.ATTACKS)) for family in families}
 
 

@@ -22,6 +22,7 @@ GRIDS = {
     "below nought": Grid(-2, 1, 4, torch.tensor([[-0.5, 0.25], [1.0, -2.0]])),
     "with zeros": Grid(0, 15, 4, torch.tensor([[0.5, 0.1], [0.7, 0.3]]), torch.tensor([[3.0, 0.0], [15.0, 8.0]])),
     "a table": Grid(0, 3, 8, torch.tensor([[1.0], [0.5]]), table=torch.tensor([[-1.0, 0.0, 0.5, 3.0]])),
+    "columns": Grid(-7, 7, 4, torch.tensor([[0.5, 0.1], [2.0, 0.3]]), columns=torch.tensor([1, 2, 0.3, 1, 5, 1.7, 1, 0.1])),
     "two tables": Grid(-1, 1, 8, torch.ones(2, 1), table=torch.tensor([[-1.0, 0.1, 2.0], [0.0, 0.0, 5.0]])),
 }  # fmt: skip
 
@@ -36,7 +37,8 @@ def test_no_integer_is_nearer(name: str, entries: list[float]) -> None:
     assert integers.dtype == torch.int16
     for row in range(2):
         for column in range(8):
-            scale = float(grid.scales[row, column // grid.group])
+            factor = 1.0 if grid.columns is None else float(grid.columns[column])
+            scale = float(grid.scales[row, column // grid.group]) * factor
             zero = 0.0 if grid.zeros is None else float(grid.zeros[row, column // grid.group])
             every = (slow_levels(grid, row, 2) - zero) * scale
             entry = float(weight[row, column])

@@ -10,7 +10,8 @@ from flyweight.codes import Grid
 from flyweight.discover import methods
 from flyweight.roundings import Seen
 
-ROUNDINGS = tuple(methods("roundings"))
+ROUNDINGS = tuple(name for name in methods("roundings") if name != "waterfilling")
+"""Those that work with every code."""
 
 
 def random(seed: int = 0) -> torch.Generator:
@@ -50,6 +51,12 @@ def tabled(weight: torch.Tensor, group: int | None = None, tables: int = 1) -> G
     )
 
 
+def factored(weight: torch.Tensor, group: int | None = None) -> Grid:
+    """Every column has a factor of its own."""
+    factors = torch.exp(torch.linspace(-0.5, 0.5, weight.shape[1]))
+    return dataclasses.replace(symmetric(weight / factors, 4, group), columns=factors)
+
+
 def grids(weight: torch.Tensor, group: int | None = None) -> dict[str, Grid]:
     """One grid of each kind for a weight (O, I)."""
     return {
@@ -58,6 +65,7 @@ def grids(weight: torch.Tensor, group: int | None = None) -> dict[str, Grid]:
         "signed": signed(weight, 3, group),
         "table": tabled(weight, group),
         "tables": tabled(weight, group, 2 if len(weight) % 2 == 0 else 1),
+        "columns": factored(weight, group),
     }
 
 
@@ -87,7 +95,8 @@ def points(grid: Grid, column: int) -> torch.Tensor:
     if grid.table is not None:
         levels = grid.table.double().repeat_interleave(rows // len(grid.table), 0)
     zeros = 0.0 if grid.zeros is None else grid.zeros[:, group, None].double()
-    return (levels - zeros) * grid.scales[:, group, None].double()
+    factor = 1.0 if grid.columns is None else float(grid.columns[column])
+    return (levels - zeros) * grid.scales[:, group, None].double() * factor
 
 
 def decoded(integers: torch.Tensor, grid: Grid) -> torch.Tensor:

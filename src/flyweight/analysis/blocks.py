@@ -7,20 +7,22 @@ unchanged model.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from flyweight.analysis.calls import unfused
+from flyweight.errors import ModelError
 from flyweight.inputs.check import run
 from flyweight.records import Batch
 
+_Dated: TypeAlias = "tuple[torch.Tensor, int] | None"
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
 _STATE = "hidden_states"
 """How the hidden state is called where it is no positional argument."""
@@ -30,7 +32,7 @@ _CLOSE = 1e-3
 
 @dataclass(frozen=True)
 class Chain:
-    """Paths of modules in the order in which they run, at least 2: each one's hidden state is the output of the one before."""
+    """Paths of 2 or more modules in the order in which they run: the hidden state of each is the output of the one before."""
 
     paths: tuple[str, ...]
 
@@ -60,9 +62,8 @@ class _Run:
     calls: int = 0
     begun: int = 0
     ended: int = 0
-    given: tuple[torch.Tensor, int] | None = None
-    gave: tuple[torch.Tensor, int] | None = None
-    before: list[str] = field(default_factory=list)
+    given: _Dated = None
+    gave: _Dated = None
 
 
 class _Stop(BaseException):
@@ -92,42 +93,58 @@ def stream(model: nn.Module, chain: Chain, examples: Sequence[Batch]) -> Stream 
 
 
 def entering(model: nn.Module, chain: Chain, examples: Sequence[Batch]) -> tuple[torch.Tensor, ...] | None:
-    """For each example the hidden state that enters the chain, or None where one does not reach it; later layers do not run."""
+    """For each example the hidden state that enters the chain, or None where one does not; no later layer is run."""
     found = [_entries(model, chain.paths[:1], batch) for batch in examples]
     return None if None in found else tuple(one[0][1] for one in found if one is not None)
 
 
+def earlier(model: nn.Module, chain: Chain, paths: Collection[str], example: Batch) -> set[str]:
+    """Those of some modules that run before the chain begins, in a pass of one example."""
+    found: set[str] = set()
+
+    def begin(path: str, given: Arguments) -> None:
+        if path == chain.paths[0]:
+            raise _Stop
+        found.add(path)
+
+    with (
+        _hooked(model, [*paths, chain.paths[0]], begin, lambda path, output: None),
+        contextlib.suppress(_Stop),
+    ):
+        run(model, example)
+    return found
+
+
 def leaving(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> torch.Tensor:
-    """The hidden state after a block that is given `state`, which stays as it is."""
+    """The hidden state after a block that is given `state`, which stays as it is; ModelError where it gives no tensor."""
     state = state.clone()
     args = (state, *arguments.args[1:]) if arguments.args else ()
     kwargs = dict(arguments.kwargs) if args else {**arguments.kwargs, _STATE: state}
     with torch.no_grad(), unfused():
         output = _first(block(*args, **kwargs))
     if output is None:
-        raise TypeError(f"{type(block).__name__} gives no tensor")
+        raise ModelError("a block must give a tensor first", got="none", where=type(block).__name__)
     return output
 
 
 def _runs(model: nn.Module, example: Batch) -> dict[str, _Run]:
-    """How the children of lists and sequences run in one pass, in their order in the model."""
-    paths = {
-        f"{path}.{name}".lstrip("."): child
+    """How those children of lists and sequences run that run once in a pass."""
+    found = {
+        f"{path}.{name}".lstrip("."): _Run()
         for path, module in model.named_modules()
         if isinstance(module, _CONTAINERS)
-        for name, child in module.named_children()
+        for name, _ in module.named_children()
     }
-    found = {path: _Run() for path in paths}
     clock = itertools.count(1)
 
-    def begin(path: str, state: torch.Tensor | None) -> None:
+    def begin(path: str, given: Arguments) -> None:
         one = found[path]
-        one.calls, one.begun, one.given = one.calls + 1, next(clock), _dated(state)
+        one.calls, one.begun, one.given = one.calls + 1, next(clock), _dated(_state(given))
 
-    def end(path: str, state: torch.Tensor | None) -> None:
-        found[path].ended, found[path].gave = next(clock), _dated(state)
+    def end(path: str, output: Any) -> None:
+        found[path].ended, found[path].gave = next(clock), _dated(_first(output))
 
-    with _hooked(model, list(paths), begin, end), unfused():
+    with _hooked(model, list(found), begin, end):
         run(model, example)
     return {path: one for path, one in found.items() if one.calls == 1}
 
@@ -151,50 +168,99 @@ def _follows(first: _Run, second: _Run) -> bool:
 
 def _repeats(model: nn.Module, chain: Chain, example: Batch) -> bool:
     """Whether running the blocks one by one gives what the model's own pass gives."""
-    found = stream(model, chain, [example])
+    found, ends = stream(model, chain, [example]), list[torch.Tensor]()
+
+    def end(path: str, output: Any) -> None:
+        ends.extend(last.clone() for last in [_first(output)] if last is not None)
+
+    with _hooked(model, chain.paths[-1:], lambda path, given: None, end):
+        run(model, example)
     if found is None:
         return False
-    ends: list[torch.Tensor] = []
-
-    def end(path: str, state: torch.Tensor | None) -> None:
-        ends.extend([] if state is None else [state.clone()])
-
-    with _hooked(model, chain.paths[-1:], lambda path, state: None, end), unfused():
-        run(model, example)
     state = found.states[0]
     try:
         for path, arguments in zip(chain.paths, found.arguments, strict=True):
             state = leaving(model.get_submodule(path), arguments[0], state)
     except Exception:  # the user's blocks may raise anything when they meet their arguments a second time
         return False
-    if not ends or state.shape != ends[0].shape:
-        return False
-    gap = (state.double() - ends[0].double()).norm()
+    gap = torch.dist(state.double(), ends[0].double()) if state.shape == ends[0].shape else math.inf
     return bool(gap <= _CLOSE * ends[0].double().norm())
 
 
 def _entries(
     model: nn.Module, paths: Sequence[str], batch: Batch
 ) -> list[tuple[Arguments, torch.Tensor]] | None:
-    """Of each block its arguments and, of the first, a copy of its hidden state; None where they do not form a chain."""
+    """Of each block its arguments, and a copy of the first's hidden state; None where they do not run as a chain."""
     found: list[tuple[Arguments, torch.Tensor]] = []
-    left: list[tuple[torch.Tensor, int] | None] = [None]
+    gave: list[_Dated] = [None]
 
-    def begin(path: str, state: torch.Tensor | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        index = len(found)
-        if path != paths[index] or state is None or (index and not _same(left[0], _dated(state))):
+    def begin(path: str, given: Arguments) -> None:
+        state, index = _state(given), len(found)
+        if state is None or path != paths[index] or (index and not _same(gave[0], _dated(state))):
             raise _Stop
-        rest = Arguments((None, *args[1:]) if args else (), {k: v for k, v in kwargs.items() if v is not state})
-        found.append((rest, state.clone() if not index else state.new_empty(0)))
+        found.append((_emptied(given), state.new_empty(0) if index else state.clone()))
         if len(found) == len(paths):
             raise _Stop
 
-    def end(path: str, state: torch.Tensor | None) -> None:
-        left[0] = _dated(state)
+    def end(path: str, output: Any) -> None:
+        gave[0] = _dated(_first(output))
 
-    with _hooked(model, paths, begin, end), unfused():
-        try:
-            run(model, batch)
-        except _Stop:
-            pass
+    with _hooked(model, paths, begin, end), contextlib.suppress(_Stop):
+        run(model, batch)
     return found if len(found) == len(paths) else None
+
+
+@contextlib.contextmanager
+def _hooked(
+    model: nn.Module,
+    paths: Sequence[str],
+    begin: Callable[[str, Arguments], None],
+    end: Callable[[str, Any], None],
+) -> Iterator[None]:
+    """Tell of the beginning and end of each call of some modules, which PyTorch runs without shortcuts meanwhile."""
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(unfused())
+        for path in paths:
+            module = model.get_submodule(path)
+
+            def before(
+                module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], path: str = path
+            ) -> None:
+                begin(path, Arguments(args, kwargs))
+
+            def after(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
+                end(path, output)
+
+            undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.callback(module.register_forward_hook(after).remove)
+        yield
+
+
+def _state(given: Arguments) -> torch.Tensor | None:
+    """The hidden state among a block's arguments: the first one, or the one of that name."""
+    state = given.args[0] if given.args else given.kwargs.get(_STATE)
+    return state if isinstance(state, torch.Tensor) else None
+
+
+def _emptied(given: Arguments) -> Arguments:
+    if given.args:
+        return Arguments((None, *given.args[1:]), given.kwargs)
+    return Arguments((), {name: value for name, value in given.kwargs.items() if name != _STATE})
+
+
+def _first(output: Any) -> torch.Tensor | None:
+    """A block's output, or the first element of it, where that is a tensor."""
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    return first if isinstance(first, torch.Tensor) else None
+
+
+def _dated(tensor: torch.Tensor | None) -> _Dated:
+    """A tensor, with how often it was changed in place so far."""
+    if tensor is None:
+        return None
+    return tensor, 0 if tensor.is_inference() else tensor._version
+
+
+def _same(first: _Dated, second: _Dated) -> bool:
+    """Whether both are one tensor, not changed in place between."""
+    return first is not None and second is not None and first[0] is second[0] and first[1] == second[1]

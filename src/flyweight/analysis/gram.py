@@ -86,7 +86,7 @@ def _means(
         raise DataError("there must be examples to learn a layer's inputs from", got="none")
     if rows is not None and rows < 1:
         raise UsageError("rows must be at least 1, or None", got=repr(rows), where="rows")
-    watched = [(model, _weights(model, sites)) for model in models]
+    watched = [(model, site_weights(model, sites)) for model in models]
     reads = _joint(_watched(model, weights, examples, 0, _ignore) for model, weights in watched)
     apart: set[str] = set()
     while True:
@@ -237,8 +237,8 @@ def _partner(call: Call, waiting: list[Call]) -> Call | None:
     return waiting.pop(0) if waiting and waiting[0].input.shape == call.input.shape else None
 
 
-def _weights(model: nn.Module, sites: Collection[str]) -> dict[int, str]:
-    """id(weight) -> path of each site."""
+def site_weights(model: nn.Module, sites: Collection[str]) -> dict[int, str]:
+    """id(weight) -> path of each site; raises UsageError for a path that is none, ModelError for a site without a weight."""
     modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[int, str] = {}
     for path in sites:

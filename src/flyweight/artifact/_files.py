@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from flyweight.artifact._strict import damaged, shown
 from flyweight.artifact.manifest import FILES, MANIFEST
@@ -26,6 +26,17 @@ MAX_FILES = 8
 PIECE = 2**20
 """Bytes that are read at once."""
 Sink: TypeAlias = "Callable[[bytes], object]"
+
+
+class Stream(Protocol):
+    """What a file of tensors is read from, once, from its first to its last byte."""
+
+    def read(self, count: int, /) -> bytes:
+        """That many bytes; fewer, or none, at the end."""
+
+    def readinto(self, view: memoryview, /) -> int:
+        """Fill the view's first bytes; how many, 0 at the end."""
+
 
 _UNTOUCHED = "and run again; what was there before is untouched"
 _ANSWERS = {
@@ -117,7 +128,7 @@ def opened(folder: int, name: str) -> Iterator[tuple[io.FileIO, int]]:
         yield stream, state.st_size
 
 
-def passed(stream: io.FileIO, length: int, sinks: Sequence[Sink], where: str) -> None:
+def passed(stream: Stream, length: int, sinks: Sequence[Sink], where: str) -> None:
     """Read `length` bytes, piece by piece, into every sink; raises ArtifactError when the file ends early."""
     left = length
     while left:

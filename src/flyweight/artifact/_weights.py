@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from flyweight.artifact._files import Sink, passed
+from flyweight.artifact._files import Sink, Stream, passed
 from flyweight.artifact._strict import damaged, parse, shown
 from flyweight.artifact.manifest import DTYPES, MAX_TENSORS, WEIGHTS, StoredTensor
 
@@ -54,11 +53,11 @@ class Scan:
     """The bytes of the file that hold tensors."""
 
 
-Header: TypeAlias = "Callable[[io.FileIO, int], tuple[bytes, tuple[Extent, ...]]]"
+Header: TypeAlias = "Callable[[Any, int], tuple[bytes, tuple[Extent, ...]]]"
 """From a stream and its size to the bytes before the tensors and where each lies; the stream is then behind them."""
 
 
-def scan(stream: io.FileIO, size: int, sinks: Sequence[Sink], header: Header) -> Scan:
+def scan(stream: Stream, size: int, sinks: Sequence[Sink], header: Header) -> Scan:
     """Digest a file of tensors of `size` bytes, whole and by tensor, in one pass; each piece goes to the sinks.
 
     Raises ArtifactError when the header is not strict or the file ends early.
@@ -78,7 +77,7 @@ def scan(stream: io.FileIO, size: int, sinks: Sequence[Sink], header: Header) ->
 
 
 def load(
-    stream: io.FileIO, size: int, expected: Sequence[StoredTensor], header: Header
+    stream: Stream, size: int, expected: Sequence[StoredTensor], header: Header
 ) -> dict[str, torch.Tensor]:
     """The tensors, each in memory of its own, in the order of the file; the peak is the size of the file.
 
@@ -123,7 +122,7 @@ def check_same(found: Sequence[StoredTensor], expected: Sequence[StoredTensor], 
         )
 
 
-def read_header(stream: io.FileIO, size: int) -> tuple[bytes, tuple[Extent, ...]]:
+def read_header(stream: Stream, size: int) -> tuple[bytes, tuple[Extent, ...]]:
     """The bytes before the buffer, and where each tensor lies in it; raises ArtifactError on any oddity."""
     start = stream.read(_LENGTH_BYTES)
     length = int.from_bytes(start, "little")
@@ -184,14 +183,14 @@ def _are_lengths(value: Any) -> bool:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
-def _pass_padding(stream: io.FileIO, extent: Extent, sinks: Sequence[Sink]) -> None:
+def _pass_padding(stream: Stream, extent: Extent, sinks: Sequence[Sink]) -> None:
     seen = bytearray()
     passed(stream, extent.padding, [seen.extend, *sinks], extent.place)
     if any(seen):
         raise damaged("what fills up must be zeros", got="other bytes", where=f"{extent.place}, padding")
 
 
-def _read_into(stream: io.FileIO, data: bytearray, place: str) -> None:
+def _read_into(stream: Stream, data: bytearray, place: str) -> None:
     view = memoryview(data)
     while view:  # one read moves at most 2 GiB
         count = stream.readinto(view)

@@ -2,13 +2,14 @@
 
 1. The folder holds two or three files and nothing else: `manifest.json`, `weights.safetensors` and, for
    runtimes that run ONNX, `model.onnx`; or `manifest.json` and, for llama.cpp, `model.gguf` (since format 2).
+   In place of `weights.safetensors` there may be `weights.safetensors.gz` (since format 3).
    The names are fixed; no name or path from a file is ever opened.
 2. All files are regular, with one name each: no links, no pipes.
 3. `manifest.json` is strict UTF-8 JSON of at most 1 MiB: no key twice, no NaN, at most 64 levels deep.
 4. Its keys: flyweight_artifact (the format's number), task, runtime, session, plan, inputs, outputs, layouts,
    model_digest, measured, machine, versions, files, tensors, digest. None is absent, none is added.
 5. `files` holds the bytes and the SHA-256 of every other file; `tensors` the dtype, the shape and the SHA-256
-   of the bytes of every tensor.
+   of the bytes of every tensor. A compressed file's entry also has `unpacked`, the bytes that it unpacks to.
 6. Its last line is `"digest": "..."}`: the SHA-256, in hex, of all bytes before that line. This holds for
    every format to come: `sed '$d' manifest.json | sha256sum` checks any of them.
 7. The digests show accidents, not attacks: who changes a file can change its digest. They are for integrity,
@@ -17,13 +18,17 @@
    that at most 100,000 tensors fill one behind the other, without holes or overlaps. Whole-byte dtypes only.
 9. `model.onnx` holds the graph, at most 64 MiB. Weights are stored once: its external data has the location
    `weights.safetensors`, and an offset and a length that lie within that file's buffer.
-10. `model.gguf` holds weights and vocabulary, its head at most 64 MiB. Tensors lie one behind the other, filled
+10. `weights.safetensors.gz` is one gzip member (RFC 1952) without a name, a comment or a time, and nothing after it,
+    that unpacks to `weights.safetensors` as above: `gunzip` makes the file beside which `model.onnx` runs. It unpacks
+    to the bytes stated, at most 64 GiB, and at most 8 for each of its own, which no code of single bytes exceeds.
+    A reader never unpacks more than is stated.
+11. `model.gguf` holds weights and vocabulary, its head at most 64 MiB. Tensors lie one behind the other, filled
     up with zeros to multiples of 32 bytes. Packed integers are listed as uint8 rows. Entries that could name
     another file, and chat templates, which are programs, are refused.
-11. No code: nothing in an artifact names a class, a module or a function, and nothing is compressed.
+12. No code: nothing in an artifact names a class, a module or a function, and nothing else is compressed.
     `runtime` and `session` are looked up in what this version of flyweight knows.
-12. A reader refuses a format newer than its own, and says so; it reads all older ones.
-13. A writer puts the folder in its place whole: whoever looks sees the old one or the new one (atomic.py).
+13. A reader refuses a format newer than its own, and says so; it reads all older ones.
+14. A writer puts the folder in its place whole: whoever looks sees the old one or the new one (atomic.py).
 """
 
 from __future__ import annotations
@@ -31,7 +36,9 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -39,8 +46,9 @@ from types import MappingProxyType
 import torch
 
 from flyweight._faults import point
-from flyweight.artifact import _gguf, _onnx, _weights
+from flyweight.artifact import _gguf, _gzip, _onnx, _weights
 from flyweight.artifact._files import (
+    Sink,
     check_size,
     disk_errors,
     is_there,
@@ -56,6 +64,7 @@ from flyweight.artifact.manifest import (
     MANIFEST,
     MAX_MANIFEST,
     ONNX,
+    PACKED,
     WEIGHTS,
     Manifest,
     StoredFile,
@@ -74,6 +83,7 @@ __all__ = [
     "TensorSpec",
     "check_replaceable",
     "read",
+    "runnable",
     "tensors",
     "write",
 ]
@@ -103,7 +113,8 @@ class Artifact:
 def write(folder: Path, source: Path, manifest: Manifest) -> int:
     """Make `folder` an artifact of the files in `source`, replacing the one that is there; its bytes in all.
 
-    `source` holds weights.safetensors and perhaps model.onnx, or model.gguf. Whenever the process is killed, `folder` is
+    `source` holds weights.safetensors and perhaps model.onnx, or model.gguf; where it also holds the compressed weights,
+    those are taken and the plain ones are left. Whenever the process is killed, `folder` is
     whole: the old one or the new one. Raises ArtifactError when a reader would refuse the files, UsageError
     when `folder` is there and is no artifact, MachineError when the disk does not take it.
     """
@@ -142,13 +153,34 @@ def tensors(artifact: Artifact) -> dict[str, torch.Tensor]:
 
     Raises ArtifactError when they changed since the artifact was read.
     """
-    name = _holder(file.name for file in artifact.files)
+    files = {file.name: file for file in artifact.files}
+    name = _holder(files)
     with (
         disk_errors(artifact.folder),
         opened_folder(artifact.folder) as root,
         opened(root, name) as (stream, size),
     ):
+        unpacked = files[name].unpacked
+        if unpacked is not None:
+            return _gzip.load(stream, unpacked, artifact.tensors)
         return _weights.load(stream, size, artifact.tensors, _HEADERS[name])
+
+
+@contextmanager
+def runnable(artifact: Artifact) -> Iterator[Path]:
+    """A folder whose files a runtime can open: the artifact's own, or one for its unpacked weights that goes at the end.
+
+    What is unpacked is verified on the way; nobody else can read it. Raises ArtifactError when the artifact changed since
+    it was read, MachineError when the disk for temporary files does not take it.
+    """
+    files = {file.name: file for file in artifact.files}
+    if PACKED not in files:
+        yield artifact.folder
+        return
+    with tempfile.TemporaryDirectory(prefix="flyweight-") as place:
+        with disk_errors(Path(place)), opened_folder(artifact.folder) as root:
+            _unpack(root, files, artifact.tensors, Path(place))
+        yield Path(place)
 
 
 def _verified(folder: Path, root: int) -> Artifact:
@@ -173,12 +205,8 @@ def _artifact(folder: Path, root: int) -> Artifact:
     _check_names(names, [MANIFEST, *(file.name for file in said.files)])
     files = {file.name: file for file in said.files}
     holder = _holder(files)
-    with opened(root, holder) as (stream, size):
-        _check_bytes(files[holder], size)
-        scan = _weights.scan(stream, size, (), _HEADERS[holder])
-    _weights.check_same(scan.tensors, said.tensors, holder)
-    _check_digest(files[holder], scan.sha256)
-    checked = ONNX not in files or _check_onnx(root, files[ONNX], scan.buffer)
+    scan = _scanned(root, files[holder], said.tensors, ())
+    checked = ONNX not in files or _onnx.check(_graph(root, files[ONNX]), scan.buffer)
     return Artifact(
         folder=folder,
         manifest=said.manifest,
@@ -192,23 +220,54 @@ def _artifact(folder: Path, root: int) -> Artifact:
 
 def _holder(names: Iterable[str]) -> str:
     """The file that holds the tensors."""
-    return GGUF if GGUF in names else WEIGHTS
+    present = set(names)
+    return next((name for name in (GGUF, PACKED) if name in present), WEIGHTS)
 
 
-def _check_onnx(root: int, file: StoredFile, buffer: range) -> bool:
+def _scanned(
+    root: int, file: StoredFile, expected: Sequence[StoredTensor], sinks: Sequence[Sink]
+) -> _weights.Scan:
+    """The file of tensors, verified; what it holds, unpacked, goes to the sinks."""
+    with opened(root, file.name) as (stream, size):
+        _check_bytes(file, size)
+        if file.unpacked is None:
+            scan = _weights.scan(stream, size, sinks, _HEADERS[file.name])
+        else:
+            scan = _gzip.scan(stream, file.unpacked, (), sinks)
+    _weights.check_same(scan.tensors, expected, file.name)
+    _check_digest(file, scan.sha256)
+    return scan
+
+
+def _graph(root: int, file: StoredFile) -> bytes:
     content = _content(root, ONNX, _onnx.MAX_ONNX)
     _check_bytes(file, len(content))
     _check_digest(file, hashlib.sha256(content).hexdigest())
-    return _onnx.check(content, buffer)
+    return content
+
+
+def _unpack(
+    root: int, files: Mapping[str, StoredFile], expected: Sequence[StoredTensor], place: Path
+) -> None:
+    """Put weights.safetensors in the folder `place`, and a copy of the graph, which looks for them beside it."""
+    with (place / WEIGHTS).open("xb") as plain:
+        _scanned(root, files[PACKED], expected, [plain.write])
+    if ONNX in files:
+        # No hard link: a file of an artifact must have one name, for all who read it meanwhile.
+        (place / ONNX).write_bytes(_graph(root, files[ONNX]))
 
 
 def _fill(part: Path, source: Path, names: Sequence[str], manifest: Manifest) -> int:
     with opened_folder(source) as root:
         holder = _holder(names)
         with opened(root, holder) as (stream, size), synced_file(part / holder) as append:
-            scan = _weights.scan(stream, size, [append], _HEADERS[holder])
+            unpacked = _gzip.length(stream, size) if holder == PACKED else None
+            if unpacked is None:
+                scan = _weights.scan(stream, size, [append], _HEADERS[holder])
+            else:
+                scan = _gzip.scan(stream, unpacked, [append], ())
         point("artifact:weights")
-        files = [StoredFile(name=holder, bytes=size, sha256=scan.sha256)]
+        files = [StoredFile(name=holder, bytes=size, sha256=scan.sha256, unpacked=unpacked)]
         if ONNX in names:
             content = _content(root, ONNX, _onnx.MAX_ONNX)
             _onnx.check(content, scan.buffer)

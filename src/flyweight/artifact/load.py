@@ -87,7 +87,9 @@ def load_predictor(folder: str | Path) -> Predictor:
             where=str(folder),
             way_out="make the artifact again with this version of flyweight",
         )
-    run = runtime.open_file(artifact.folder, said.session)
+    with spec.runnable(artifact) as place:
+        # It may go then: what a runtime has not read into memory by now, it holds mapped.
+        run = runtime.open_file(place, said.session)
 
     def call(batch: Batch) -> Any:
         values = match(batch, [spec.name for spec in said.inputs], [spec.shape for spec in said.inputs])

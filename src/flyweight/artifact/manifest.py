@@ -13,13 +13,19 @@ from flyweight.artifact._strict import damaged, parse, shown
 from flyweight.errors import ArtifactError, UsageError
 from flyweight.records import JSON, Plan, canonical
 
-FORMAT = 2
-"""The newest format that this version writes and reads: 1 came before model.gguf, and is still written without one."""
+FORMAT = 3
+"""The newest format that this version writes and reads: 2 came with model.gguf, 3 with compressed weights; an artifact
+without either is still written as 1."""
 MAX_MANIFEST = 2**20
 """Bytes."""
 MAX_TENSORS = 100_000
+MAX_UNPACKED = 2**36
+"""Bytes that compressed weights may unpack to."""
+MAX_RATIO = 8
+"""Unpacked bytes for each compressed one: a Huffman code spends a bit or more on each byte."""
 MANIFEST, WEIGHTS, ONNX, GGUF = "manifest.json", "weights.safetensors", "model.onnx", "model.gguf"
-FILES = (WEIGHTS, ONNX, GGUF)
+PACKED = f"{WEIGHTS}.gz"
+FILES = (WEIGHTS, ONNX, GGUF, PACKED)
 """What a manifest may list."""
 DTYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -35,6 +41,8 @@ DTYPES: Mapping[str, str] = MappingProxyType(
 )
 """The element types an artifact may hold, by torch's names, with the names that safetensors files use."""
 
+_SINCE: Mapping[str, int] = MappingProxyType({GGUF: 2, PACKED: 3})
+"""The format that a file came with, where it is not the first."""
 _LAST_LINE = re.compile(rb'"digest": "([0-9a-f]{64})"}\n')
 
 
@@ -79,6 +87,8 @@ class StoredFile:
     name: str
     bytes: int
     sha256: str
+    unpacked: int | None = None
+    """Bytes that PACKED unpacks to; None: the file is not compressed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +116,7 @@ _FIELDS = tuple(field.name for field in fields(Manifest))
 _KEYS = frozenset((*_FIELDS, "flyweight_artifact", "files", "tensors", "digest"))
 _INPUT_KEYS = frozenset(("name", "dtype", "shape"))
 _FILE_KEYS = frozenset(("bytes", "sha256"))
+_PACKED_KEYS = frozenset((*_FILE_KEYS, "unpacked"))
 _TENSOR_KEYS = frozenset(("dtype", "shape", "sha256"))
 
 
@@ -180,13 +191,15 @@ def _check_version(document: Any) -> None:
 
 def _check_files(names: Collection[str], version: int) -> None:
     for name in names:
-        _need(name in FILES, f"a manifest lists {WEIGHTS} and {ONNX} only, or {GGUF} alone", name)
+        rule = f"a manifest lists {WEIGHTS} and {ONNX} only, the first perhaps as {PACKED}, or {GGUF} alone"
+        _need(name in FILES, rule, name)
+    _need(not {WEIGHTS, PACKED} <= set(names), f"weights are in {WEIGHTS} or in {PACKED}", sorted(names))
     _need(GGUF not in names or len(names) == 1, f"{GGUF} holds all that a model needs", sorted(names))
-    _need(_format(names) <= version, f"artifacts with {GGUF} have a later format", version)
+    _need(_format(names) <= version, "artifacts with these files have a later format", version)
 
 
 def _format(names: Iterable[str]) -> int:
-    return FORMAT if GGUF in names else 1
+    return max((_SINCE.get(name, 1) for name in names), default=1)
 
 
 def _manifest(said: dict[str, Any]) -> Manifest:
@@ -226,10 +239,14 @@ def _input(value: Any, place: str) -> TensorSpec:
 
 def _file(name: str, value: Any) -> StoredFile:
     place = f"file {shown(name)}"
-    said = _record(value, place, _FILE_KEYS)
-    _need(type(said["bytes"]) is int and said["bytes"] >= 0, f"{place} has a number of bytes", said["bytes"])
+    said = _record(value, place, _PACKED_KEYS if name == PACKED else _FILE_KEYS)
+    _check_count(said["bytes"], f"{place} has a number of bytes")
     _check_sha256(said["sha256"], place)
-    return StoredFile(name=name, bytes=said["bytes"], sha256=said["sha256"])
+    if name == PACKED:
+        _check_count(said["unpacked"], f"{place} has a number of unpacked bytes")
+        most = min(MAX_UNPACKED, MAX_RATIO * said["bytes"])
+        _need(said["unpacked"] <= most, f"{place} may unpack to {most} bytes", said["unpacked"])
+    return StoredFile(name=name, **said)
 
 
 def _tensor(name: str, value: Any) -> StoredTensor:
@@ -258,6 +275,10 @@ def _texts(value: Any, place: str) -> dict[str, str]:
     return {key: _kind(text, str, f"{place} {shown(key)}") for key, text in _kind(value, dict, place).items()}
 
 
+def _check_count(value: Any, rule: str) -> None:
+    _need(type(value) is int and value >= 0, rule, value)
+
+
 def _check_dtype(value: Any, place: str) -> None:
     _need(isinstance(value, str) and value in DTYPES, f"{place} must have a dtype of an artifact", value)
 
@@ -273,7 +294,7 @@ def _check_sha256(value: Any, place: str) -> None:
 
 
 def _unnamed(stored: StoredFile | StoredTensor) -> dict[str, Any]:
-    return {key: value for key, value in vars(stored).items() if key != "name"}
+    return {key: value for key, value in vars(stored).items() if key != "name" and value is not None}
 
 
 def _plain(value: Any) -> Any:

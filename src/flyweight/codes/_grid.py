@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Every entry is an integer in [low, high] standing for (level - zero) * scale * column; the level is it, or is in a table."""
+    """Every entry is an integer in [low, high] that stands for (level - zero) * scale * column: the level is it, or in a table."""
 
     low: int
     high: int

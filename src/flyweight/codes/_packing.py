@@ -21,6 +21,8 @@ def packed_width(count: int, bits: int) -> int:
 def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
     """The lowest bits of integers (O, I), (O, ceil(I * bits / 8)) uint8; negative ones in two's complement."""
     rows, count = integers.shape
+    if bits == 8:
+        return integers.to(torch.int16).to(torch.uint8).clone(memory_format=torch.contiguous_format)
     low = (integers.to(torch.int16) & (2**bits - 1)).to(torch.uint8)
     fields = padded(low, (0, -count % 8)).view(rows, -1, 8)
     found = fields.new_zeros(rows, fields.shape[1], bits)
@@ -35,6 +37,8 @@ def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int, count: int, signed: bool) -> torch.Tensor:
     """The (O, count) int16 integers of `pack`; signed: they may be negative."""
     rows, width = packed.shape
+    if bits == 8:
+        return (packed.view(torch.int8) if signed else packed).to(torch.int16)
     words = padded(packed, (0, -width % bits)).view(rows, -1, bits)
     fields = words.new_empty(rows, words.shape[1], 8)
     for place in range(8):

@@ -13,6 +13,8 @@ from flyweight.analysis.machine import instructions
 from flyweight.records import JSON, Goal, Plan, Site, Step
 from flyweight.transforms import _options
 
+LOW_BITS = (4, 3)
+"""Widths below 8 bits that are tried; fewer break any sensible contract without training."""
 _ORIGINAL = "float32"
 BASELINE = "torch"
 """The runtime of the original, with which every candidate is compared."""
@@ -67,12 +69,27 @@ class Candidate:
 def families(model: nn.Module, sites: Sequence[Site], goal: Goal) -> list[Family]:
     """The ways to treat a model worth trying for a goal; the first leaves it alone."""
     stored = _steps(model, sites, "weight_only", {})
-    small = stored | _steps(model, sites, "weight_only", {"bits": 4, "group": 32, "symmetric": False})
     found = [Family(_ORIGINAL), Family("int8 weights", stored)]
-    if any(step.options for step in small.values()) and goal.minimize != "latency":
-        found.append(Family("int4 weights", small, stored))
+    if goal.minimize != "latency":
+        found += _low_bit(model, sites, stored)
     found += _int8(model, sites, stored)
     return [family for family in found if family.steps or family.name == _ORIGINAL]
+
+
+def _low_bit(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
+    """Fewer bits a weight, rounded by error feedback where inputs are known; a spared site has the next more bits."""
+    found, gentler = [], stored
+    for bits in LOW_BITS:
+        grouped: dict[str, JSON] = {"bits": bits, "group": 32, "symmetric": False, "scale": "float16"}
+        whole: dict[str, JSON] = {"bits": bits, "symmetric": False}
+        steps = dict(stored)
+        for given in (whole, grouped):  # a later one takes the place of an earlier one where it fits
+            for rounding in ({}, {"rounding": "error_feedback"}):
+                steps |= _steps(model, sites, "weight_only", {**given, **rounding})
+        if steps != stored:
+            found.append(Family(f"int{bits} weights", steps, gentler))
+            gentler = steps
+    return found
 
 
 def _int8(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:

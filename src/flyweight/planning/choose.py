@@ -34,13 +34,23 @@ def improves(candidate: Measured, goal: Goal, original: Measured) -> bool:
 
 
 def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured | None:
-    """The candidate within the bound with the largest gain; among ties the one that is better in the other figures."""
+    """The candidate within the bound with the largest gain.
+
+    Among ties it is the one that is better in the other figures; of those that are no larger and that the timing cannot tell
+    from it, the one with the least drop.
+    """
     able = [m for m in found if m.verdict == "met" and improves(m, goal, original)]
     if not able:
         return None
     top = max(gain_of(m, goal, original) for m in able)
     ties = [m for m in able if gain_of(m, goal, original) * TIE >= top]
-    return max(ties, key=lambda m: m.speedup * original.bytes / m.bytes)
+    first = max(ties, key=lambda m: m.speedup * original.bytes / m.bytes)
+    alike = [
+        m
+        for m in ties
+        if m.bytes <= first.bytes * TIE and m.speedup_interval.high >= first.speedup_interval.low
+    ]
+    return min(alike, key=lambda m: m.drop)
 
 
 def nearest(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured:

@@ -14,14 +14,16 @@ Inputs that were always zero have their weights rounded to nearest. Weights or m
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
 from flyweight.codes._grid import Grid
 from flyweight.codes._options import require
 from flyweight.roundings._checks import sound_cross, sound_gram, sound_weight
-from flyweight.roundings._columns import columns, nearest_column
+from flyweight.roundings._columns import Columns, columns, nearest_column
 from flyweight.roundings._factor import Factor, carried, factorize, solve
 from flyweight.roundings._objective import better_rows
 from flyweight.roundings._seen import Seen
@@ -30,6 +32,9 @@ NEEDS = "gram"
 
 _BLOCK = 128
 """Columns between two large matrix products."""
+
+Choose: TypeAlias = Callable[[Columns, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
+"""Integers (O,) as floats and their values (O,) for a grid, a wish (O,) and a column, as `nearest_column`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +73,20 @@ def feed_back(
     factor = factorize(gram, options.act_order, options.damping)
     if factor is None:
         return simple, weight
-    target = weight
-    if options.drift > 0:
-        target = weight + options.drift * _correction(weight, gram, sound_cross(seen, weight), factor)
-    return better_rows(_fed(target, grid, factor), simple, target, grid, gram), target
+    target = target_of(weight, gram, seen, factor, options.drift)
+    return better_rows(fed(target, grid, factor), simple, target, grid, gram), target
+
+
+def target_of(
+    weight: torch.Tensor, gram: torch.Tensor, seen: Seen, factor: Factor, drift: float
+) -> torch.Tensor:
+    """What a weight (O, I) is rounded towards: itself, or with drift what makes up for changes before the layer.
+
+    Raises DataError when there is drift and seen.cross is missing or not finite.
+    """
+    if drift <= 0:
+        return weight
+    return weight + drift * _correction(weight, gram, sound_cross(seen, weight), factor)
 
 
 def _correction(
@@ -86,8 +101,8 @@ def _correction(
     return solve(factor, pull)
 
 
-def _fed(target: torch.Tensor, grid: Grid, factor: Factor) -> torch.Tensor:
-    """The int16 integers (O, I): each column is the target plus its share of all errors before it, rounded."""
+def fed(target: torch.Tensor, grid: Grid, factor: Factor, choose: Choose = nearest_column) -> torch.Tensor:
+    """The int16 integers (O, I): each column is the target plus its share of all errors before it, rounded by `choose`."""
     on, order, shares = columns(grid), factor.order, carried(factor).to(target)
     aims = target.T[order].contiguous()  # (I, O): a column of the weight lies together in memory
     errors, integers = torch.empty_like(aims), torch.empty_like(aims)
@@ -97,7 +112,7 @@ def _fed(target: torch.Tensor, grid: Grid, factor: Factor) -> torch.Tensor:
         wishes = aims[start:end] + shares[start:end, :start] @ errors[:start]
         for k in range(start, end):
             wish = wishes[k - start] + shares[k, start:k] @ errors[start:k]
-            integers[k], values = nearest_column(on, wish, places[k])
+            integers[k], values = choose(on, wish, places[k])
             torch.sub(aims[k], values, out=errors[k])
     found = torch.empty_like(integers, dtype=torch.int16)
     found[order] = integers.to(torch.int16)

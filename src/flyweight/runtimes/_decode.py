@@ -41,21 +41,18 @@ def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> 
     """Nodes that decode the rows of an embedding that its ids name; returns the floats' name, which is y."""
     integers, grid = module.encoded()
     integers = integers if grid.table is None else integers - grid.low
-    wide = "int8" if grid.table is None and grid.low < 0 else "uint8"
-    found = low.node(
-        "Gather", [_stored(low, f"{owner}integers", integers, wide, turned=False), ids], f"{y}.codes"
-    )
+    found = _integer_rows(low, f"{owner}integers", integers, _kind(grid), (ids, y))
     if grid.table is None:
         levels = low.node("Cast", [found], f"{y}.rows", to=onnx.TensorProto.FLOAT)
     else:
         index = low.node("Cast", [found], f"{y}.index", to=onnx.TensorProto.INT32)
         if len(grid.table) > 1:
-            starts = low.node("Gather", [low.small(f"{owner}starts", _starts(grid)), ids], f"{y}.starts")
+            starts = low.node("Gather", [low.small(f"{y}.first", _starts(grid)), ids], f"{y}.starts")
             index = low.node("Add", [index, starts], f"{y}.places")
         levels = low.node("Gather", [_table_values(low, owner, grid), index], f"{y}.levels")
     groups = grid.scales.shape[1]
     if groups > 1:
-        tail = low.small(f"{owner}groups", torch.tensor([groups, grid.group]))
+        tail = low.small(f"{y}.groups", torch.tensor([groups, grid.group]))
         inner = low.node("Concat", [low.node("Shape", [ids], f"{y}.ids"), tail], f"{y}.inner", axis=0)
         levels = low.node("Reshape", [levels, inner], f"{y}.grouped")
     for kind, values, operation in (("zeros", grid.zeros, "Sub"), ("scales", grid.scales, "Mul")):
@@ -64,10 +61,42 @@ def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> 
                 operation, [levels, _per_row(low, owner, module, kind, ids, y, groups)], f"{y}.{kind}d"
             )
     if groups > 1:
-        whole = low.small(f"{owner}width", torch.tensor([module.columns]))
+        whole = low.small(f"{y}.width", torch.tensor([module.columns]))
         outer = low.node("Concat", [f"{y}.ids", whole], f"{y}.outer", axis=0)
         levels = low.node("Reshape", [levels, outer], f"{y}.whole")
     return low.node("Identity", [levels], y)
+
+
+def _integer_rows(low: Lowered, key: str, integers: torch.Tensor, kind: str, ends: tuple[str, str]) -> str:
+    """Rows of integers (V, D) by ids: runtimes gather bytes, not halves of them, so these are split afterwards."""
+    ids, y = ends
+    if kind.endswith("8") or integers.shape[1] % 2:
+        return low.node(
+            "Gather", [_stored(low, key, integers, f"{kind[:-1]}8", turned=False), ids], f"{y}.codes"
+        )
+    shape = (integers.shape[0], integers.shape[1] // 2)
+    if key not in low.layouts:
+        low.weights[key], low.layouts[key] = as_stored(integers, kind, turned=False)
+    pairs = low.node("Gather", [low.stored(key, KINDS["uint8"], shape), ids], f"{y}.pairs")
+    # In floating point: OpenVINO's shifts of bytes do not give what ONNX says.
+    both = low.node("Cast", [pairs], f"{y}.both", to=onnx.TensorProto.FLOAT)
+    sixteen, last = (
+        low.small(f"{y}.{name}", torch.tensor(value)) for name, value in (("sixteen", 16.0), ("last", [-1]))
+    )
+    second = low.node("Floor", [low.node("Div", [both, sixteen], f"{y}.quotient")], f"{y}.second")
+    first = low.node("Sub", [both, low.node("Mul", [second, sixteen], f"{y}.above")], f"{y}.first_half")
+    wide = [low.node("Unsqueeze", [half, last], f"{half}.wide") for half in (first, second)]
+    split = low.node("Concat", wide, f"{y}.split", axis=-1)
+    width = low.small(f"{y}.columns", torch.tensor([integers.shape[1]]))
+    whole = low.node(
+        "Concat", [low.node("Shape", [ids], f"{y}.shape_of_ids"), width], f"{y}.row_shape", axis=0
+    )
+    found = low.node("Reshape", [split, whole], f"{y}.codes")
+    if kind == "uint4":
+        return found
+    lifted = low.node("Add", [found, low.small(f"{y}.eight", torch.tensor(8.0))], f"{y}.lifted")
+    turns = low.node("Floor", [low.node("Div", [lifted, sixteen], f"{y}.turn")], f"{y}.turns")
+    return low.node("Sub", [found, low.node("Mul", [turns, sixteen], f"{y}.wrap")], f"{y}.integers")
 
 
 def product_integers(low: Lowered, owner: str, module: QuantizedLayer) -> str:
@@ -177,7 +206,7 @@ def _per_row(
         name = low.node(
             "Cast",
             [_stored(low, key, zeros, "uint8", turned=False)],
-            f"{key}.float",
+            f"{y}.{kind}.float",
             to=onnx.TensorProto.FLOAT,
         )
     else:
@@ -186,7 +215,7 @@ def _per_row(
         name = low.node("Gather", [name, ids], f"{y}.{kind}")
     if groups == 1:
         return name
-    axis = low.small(f"{owner}{kind}.axis", torch.tensor([-1]))
+    axis = low.small(f"{y}.{kind}.axis", torch.tensor([-1]))
     return low.node("Unsqueeze", [name, axis], f"{y}.{kind}.wide")
 
 

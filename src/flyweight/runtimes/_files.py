@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
+from flyweight import discover
 from flyweight.errors import DataError
 from flyweight.records import JSON, Batch
+from flyweight.transforms import QuantizedLayer
 
 WEIGHTS, GRAPH, GGUF = "weights.safetensors", "model.onnx", "model.gguf"
+PACKED = f"{WEIGHTS}.gz"
+"""WEIGHTS as a gzip file, for codes whose integers are far from evenly distributed."""
+_PIECE = 2**20
+_GZIP = 16 + zlib.MAX_WBITS
+_MEMORY = 9
+"""zlib's most: the longest blocks, so the fewest tables of codes."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +35,7 @@ class Predictor:
     runtime: str
     call: Callable[[Batch], Any]
     files: tuple[Path, ...]
-    """The files it runs, all in one folder; their names are WEIGHTS and GRAPH, or GGUF alone."""
+    """The files to keep of what it runs, all in one folder; their names are WEIGHTS or PACKED, and GRAPH, or GGUF alone."""
     inputs: tuple[tuple[str, str, tuple[int | None, ...]], ...] = ()
     """Name, dtype and shape of each input; None: any size."""
     outputs: JSON = None
@@ -56,6 +66,32 @@ def write_weights(weights: Mapping[str, torch.Tensor], path: Path) -> dict[str, 
         for key, entry in header.items()
         if key != "__metadata__"
     }
+
+
+def kept_weights(model: nn.Module, folder: Path) -> Path:
+    """The file to keep of a model's WEIGHTS in the folder: that file itself, or PACKED, which is then written beside it."""
+    if not is_compressed(model):
+        return folder / WEIGHTS
+    pack(folder / WEIGHTS, folder / PACKED)
+    return folder / PACKED
+
+
+def is_compressed(model: nn.Module) -> bool:
+    """Whether a layer's code says COMPRESSED: its integers are small on disk only when they are coded by frequency."""
+    codes = {m.code for m in model.modules() if isinstance(m, QuantizedLayer)}
+    return any(getattr(discover.method("codes", code), "COMPRESSED", False) for code in codes)
+
+
+def pack(plain: Path, packed: Path) -> None:
+    """Write a file as gzip: equal bytes make equal bytes, since neither name nor time is stored.
+
+    Huffman codes alone: matches cost more than they save in weights, which have none but by chance.
+    """
+    coder = zlib.compressobj(9, zlib.DEFLATED, _GZIP, _MEMORY, zlib.Z_HUFFMAN_ONLY)
+    with plain.open("rb") as source, packed.open("wb") as target:
+        while piece := source.read(_PIECE):
+            target.write(coder.compress(piece))
+        target.write(coder.flush())
 
 
 def match(batch: Batch, names: Sequence[str], shapes: Sequence[tuple[int | None, ...]]) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ from flyweight.analysis.sites import analyse
 from flyweight.errors import ModelError
 from flyweight.records import Batch
 from flyweight.runtimes import _structure
-from flyweight.runtimes._files import GRAPH, WEIGHTS, Predictor, match, write_weights
+from flyweight.runtimes._files import GRAPH, WEIGHTS, Predictor, kept_weights, match, write_weights
 from flyweight.transforms import QuantizedLayer
 
 Run = Callable[[dict[str, np.ndarray[Any, Any]]], Sequence[np.ndarray[Any, Any]]]
@@ -28,6 +28,8 @@ class Graph:
     """An ONNX model on disk."""
 
     folder: Path
+    weights: Path
+    """The file of weights to keep."""
     inputs: tuple[tuple[str, str, tuple[int | None, ...]], ...]
     template: Any
     layouts: dict[str, str]
@@ -49,7 +51,7 @@ class Graph:
         return Predictor(
             runtime=runtime,
             call=call,
-            files=(self.folder / GRAPH, self.folder / WEIGHTS),
+            files=(self.folder / GRAPH, self.weights),
             inputs=self.inputs,
             outputs=_structure.describe(self.template),
             layouts=self.layouts,
@@ -84,7 +86,8 @@ def write_graph(model: nn.Module, examples: Sequence[Batch], where: Path) -> Gra
     inputs = tuple(
         (name, dtypes[name], shape) for name, shape in zip(outline.inputs, outline.shapes, strict=True)
     )
-    return Graph(where, inputs, outline.template, low.layouts, integer=bool(low.grids))
+    weights = kept_weights(model, where)
+    return Graph(where, weights, inputs, outline.template, low.layouts, integer=bool(low.grids))
 
 
 def _check_dtypes(model: nn.Module, batch: Batch) -> None:

@@ -23,7 +23,7 @@ from flyweight.inputs.check import run
 from flyweight.records import Batch
 from flyweight.runtimes import _structure
 from flyweight.runtimes._export import names, tensors
-from flyweight.runtimes._files import GGUF, Predictor, match
+from flyweight.runtimes._files import GGUF, Predictor, is_compressed, match
 from flyweight.runtimes._gguf_model import causal, save
 from flyweight.runtimes._graph import Run
 
@@ -56,6 +56,11 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
 
     Raises ModelError when it is no such model or when a GGUF cannot hold it.
     """
+    if is_compressed(model):
+        raise ModelError(
+            "a GGUF keeps weights as they run", got="a code that is small only when it is compressed",
+            way_out="take integers of 4 bits in groups of 32 for llama.cpp, or run this on onnxruntime",
+        )  # fmt: skip
     inner = causal(model)
     template = _template(model, inner, examples[0])
     save(inner, where / GGUF, getattr(model, "tokenizer", None))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from flyweight.records import Batch
-from flyweight.runtimes._files import WEIGHTS, Predictor, write_weights
+from flyweight.runtimes._files import WEIGHTS, Predictor, kept_weights, write_weights
 from flyweight.runtimes._state import unique_state
 
 FILE = False
@@ -32,7 +32,7 @@ def refuse(methods: frozenset[str]) -> str | None:
 def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
     """Write the model's weights to the folder `where` and run it as it is."""
     write_weights(unique_state(model), where / WEIGHTS)
-    return Predictor(runtime="torch", call=caller(model), files=(where / WEIGHTS,))
+    return Predictor(runtime="torch", call=caller(model), files=(kept_weights(model, where),))
 
 
 def caller(model: nn.Module) -> Any:

@@ -1,16 +1,17 @@
 """What can be done to a model: one file, one method. `apply` is the verb for all of them.
 
 A method file holds `Options`, `levels(site)`, `refuse(site, options, module)` and `replace(model, site, options, context)`,
-which returns new modules by path. `closeness(options)` says how far outputs may move; a method without it is exact.
+which returns new modules by path. `learns(options)` says whether it asks for what only a pass over the inputs tells.
+`closeness(options)` says how far outputs may move; a method without it is exact.
 Copying, ordering, checking and refusing are done here, once for all methods.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 from torch import nn
 
@@ -18,11 +19,13 @@ from flyweight import discover
 from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
 from flyweight.records import Plan, Site, Step
-from flyweight.transforms import _options
+from flyweight.transforms import _options, _sequential
 from flyweight.transforms._contract import Context as Context
+from flyweight.transforms._copies import substitute as substitute
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
+_Ready: TypeAlias = tuple[ModuleType, Site, Any]
 ORDER = ("fold_batch_norm",)
 """Methods that change structure, in order; all others change values and come after them."""
 
@@ -34,10 +37,7 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
     """
     known = {site.name: site for site in sites}
     for stage in _stages(plan) or [[]]:  # no step at all still gives a copy
-        changes: dict[str, nn.Module] = {}
-        for index, step in stage:
-            changes.update(_replacements(model, step, f"steps[{index}]", known, context))
-        model = substitute(model, changes)
+        model = substitute(model, _changes(model, stage, known, context))
     return model.eval()
 
 
@@ -47,11 +47,6 @@ def check(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:
     for stage in _stages(plan):
         for index, step in stage:
             _site(step, f"steps[{index}]", known)
-
-
-def substitute(model: nn.Module, changes: Mapping[str, nn.Module]) -> nn.Module:
-    """A deep copy of a model with other modules at some paths; shared modules and tied parameters stay shared."""
-    return copy.deepcopy(model, {id(model.get_submodule(path)): new for path, new in changes.items()})
 
 
 def _stages(plan: Plan) -> list[list[tuple[int, Step]]]:
@@ -70,14 +65,45 @@ def _stages(plan: Plan) -> list[list[tuple[int, Step]]]:
     return [stages[rank] for rank in sorted(stages)]
 
 
-def _replacements(
-    model: nn.Module, step: Step, where: str, known: Mapping[str, Site], context: Context
+def _changes(
+    model: nn.Module, stage: Sequence[tuple[int, Step]], known: Mapping[str, Site], context: Context
 ) -> Mapping[str, nn.Module]:
+    """The new modules of a stage: block after block where a method learns from inputs, else each by itself."""
+    steps = {step.site: (step, f"steps[{index}]") for index, step in stage}
+    ready = {path: _ready(model, step, where, known) for path, (step, where) in steps.items()}
+
+    def change(path: str, context: Context) -> Mapping[str, nn.Module]:
+        return _replaced(model, ready[path], *steps[path], context)
+
+    learning = [path for path in known if path in ready and _learns(ready[path])]
+    if learning and len(context.examples) and not context.rebuilding:
+        others = [path for path in ready if path not in learning]
+        found = _sequential.in_order(model, _sequential.Work(learning, others, context, change))
+        if found is not None:
+            return found
+    return {path: new for site in ready for path, new in change(site, context).items()}
+
+
+def _learns(ready: _Ready) -> bool:
+    """Whether a method asks the context for a site's matrices; one without `learns` never does."""
+    method, _, options = ready
+    return hasattr(method, "learns") and bool(method.learns(options))
+
+
+def _ready(model: nn.Module, step: Step, where: str, known: Mapping[str, Site]) -> _Ready:
+    """The method, site and options of a step that is not refused."""
     method = discover.method("transforms", step.method)
     site, options = _site(step, where, known)
     reason = method.refuse(site, options, model.get_submodule(site.name))
     if reason:
         raise UsageError(f"{step.method} does not fit {site.name}: {reason}", where=where)
+    return method, site, options
+
+
+def _replaced(
+    model: nn.Module, ready: _Ready, step: Step, where: str, context: Context
+) -> Mapping[str, nn.Module]:
+    method, site, options = ready
     try:
         changes: Mapping[str, nn.Module] = method.replace(model, site, options, context)
     except UsageError as error:  # what only the whole model tells

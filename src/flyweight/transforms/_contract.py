@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from flyweight.analysis.sites import SiteStatistics
+from flyweight.records import Batch
 
 
 def _unseen(site: str) -> torch.Tensor | None:
@@ -23,5 +24,11 @@ class Context:
     """Per site, from the one streamed pass over the examples."""
     gram: Callable[[str], torch.Tensor | None] = _unseen
     """The mean outer product of a site's inputs, (I, I), or (P, I, I) of P groups of a convolution; None: not known."""
+    cross: Callable[[str], torch.Tensor | None] = _unseen
+    """The mean outer product of a site's inputs in the original with its new ones, shaped as gram; None: they are equal."""
+    rows: Callable[[str], torch.Tensor | None] = _unseen
+    """What each output channel of a site counts for the model's output, (O,), as `analysis.fisher` says; None: not known."""
+    examples: Sequence[Batch] = ()
+    """If any, layers that learn from their inputs are changed in order, each learning behind the changes before it."""
     rebuilding: bool = False
     """A stored artifact is rebuilt: only the structure counts, its weights are loaded afterwards."""

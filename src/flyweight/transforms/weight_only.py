@@ -100,6 +100,11 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     return reason
 
 
+def learns(options: Options) -> bool:
+    """Whether `replace` asks the context for the matrices of the site's inputs."""
+    return _needs(options) == "gram"
+
+
 def closeness(options: Options) -> float:
     """Relative change of a model's output, all its sites rounded, that still counts as right in conformance checks."""
     return 0.05 if options == Options() else 2.0 if options.code == "ternary" else 0.5
@@ -147,8 +152,19 @@ def _seen(site: Site, context: Context, energy: torch.Tensor | None, options: Op
             f"{options.rounding} must know the layer's inputs", got="a layer that no example reached", where=site.name,
             way_out="round it to nearest",
         )  # fmt: skip
-    parts = [gram] if gram.ndim == 2 else list(gram)
-    return [Seen(energy=part.diagonal(), gram=part) for part in parts]
+    drifts = getattr(options.picking, "drift", 0.0) > 0  # to collect it costs two more passes
+    cross = context.cross(site.name) if drifts else None
+    grams, crosses = _parts(gram), _parts(gram if cross is None else cross)
+    rounding = discover.method("roundings", options.rounding)
+    counts = context.rows(site.name) if getattr(rounding, "ROWS", False) else None
+    rows = [None] * len(grams) if counts is None else counts.chunk(len(grams))
+    parts = zip(grams, crosses, rows, strict=True)
+    return [Seen(energy=own.diagonal(), gram=own, cross=other, rows=count) for own, other, count in parts]
+
+
+def _parts(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
+    """The matrices (I, I) of each group of a convolution; one for all other layers."""
+    return [matrix] if matrix.ndim == 2 else list(matrix)
 
 
 def _spread(energy: torch.Tensor, module: nn.Module, kind: str) -> torch.Tensor | None:
