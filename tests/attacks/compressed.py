@@ -26,7 +26,9 @@ def _packed(folder: Path) -> bytes:
     """Make the artifact one of compressed weights; their file."""
     plain = (folder / "weights.safetensors").read_bytes()
     (folder / "weights.safetensors").unlink()
-    samples.resign(folder, lambda it: (it["files"].pop("weights.safetensors"), it.update(flyweight_artifact=3)))
+    samples.resign(
+        folder, lambda it: (it["files"].pop("weights.safetensors"), it.update(flyweight_artifact=3))
+    )
     raw = packed_file(plain)
     samples.replace_packed(folder, raw, len(plain))
     return raw

@@ -112,7 +112,9 @@ def test_an_artifact_runs_when_what_it_was_unpacked_to_is_gone(
         assert torch.equal(next(iter(_structure.leaves(loaded(WIDE[0])))), wanted)
     assert torch.equal(loaded(torch.cat([WIDE[0][1:], WIDE[0][:1]])), torch.cat([wanted[1:], wanted[:1]]))
     assert {file.name for file in loaded.files} == {"model.onnx", PACKED}
-    assert loaded.bytes == sum(file.stat().st_size for file in folder.iterdir() if file.name != "manifest.json")
+    assert loaded.bytes == sum(
+        file.stat().st_size for file in folder.iterdir() if file.name != "manifest.json"
+    )
 
 
 @pytest.mark.parametrize("runtime", ["torch", *FILE_RUNTIMES])
