@@ -15,12 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from planning import made
 from torch import nn
 
 import flyweight
 from flyweight.evaluation import timing
 from flyweight.inputs.check import digest
-from flyweight.records import Goal, Plan, Result, Step, Task
+from flyweight.records import Goal, Interval, Plan, Result, Step, Task
 from flyweight.runtimes import onnxruntime
 from flyweight.search.study import Study
 from flyweight.stages import verify
@@ -220,3 +221,22 @@ def test_a_float_model_in_a_small_time_is_honest(tmp_path: Path) -> None:
     assert result.status == "infeasible"
     assert result.best.name == "original"
     assert (tmp_path / "out" / "best" / "manifest.json").exists()
+
+
+def test_what_turns_out_slower_when_timed_again_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow = sys.modules["flyweight.optimize"]
+    goal, told = Goal(minimize="latency"), []
+    first, second = (made.measured(name, goal, speedup=speed) for name, speed in (("a", 3.0), ("b", 2.0)))
+    first = dataclasses.replace(first, runtime="onnxruntime")
+    slow = dataclasses.replace(first, speedup=0.9, speedup_interval=Interval(0.8, 1.0))
+
+    def pack(session: Any, best: Any, original: Any, folder: Any, progress: Any) -> Any:
+        told.append(best.name)
+        return (slow if best.name == "a" else best), original
+
+    monkeypatch.setattr(flow, "pack", pack)
+    run = flow.Run(None, goal, None, None, 0.0)
+    assert run.packed([first, second], made.ORIGINAL, Path()) == (second, made.ORIGINAL, True)
+    assert told == ["a", "b"]
+    assert run.notes == ["a on onnxruntime was 0.90 x as fast when it was timed again"]
+    assert run.packed([first], made.ORIGINAL, Path())[2] is False

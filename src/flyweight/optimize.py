@@ -32,6 +32,8 @@ from flyweight.session import Session
 
 SLOW_RUNTIMES = frozenset({"torch_compile"})
 """Runtimes that take a minute to prepare; tried only when named, or when nothing else can run the model."""
+SURVEY = {"latency": 2.0, "size": 0.7, "memory": 0.7}
+"""Seconds for which a candidate is timed before it is scored, by what is minimized."""
 RESERVE = 0.08
 """Share of the time kept for packing and the report."""
 
@@ -65,9 +67,8 @@ def optimize(
             original = run.baseline()
             hunt = run.hunt(original, names, recipe)
             run.check_trials(hunt)
-            chosen = hunt.best or choose.nearest(hunt.measured(), goal, original)
-            best, original = pack(session, chosen, original, folder / "best", told)
-            result = run.result(hunt, best, original, met=hunt.best is not None, missing=missing)
+            best, original, met = run.packed(hunt.measured(), original, folder / "best")
+            result = run.result(hunt, best, original, met=met, missing=missing)
             _write(result, folder)
             told.note(f"report in {folder / 'report.html'}")
     return result
@@ -147,6 +148,24 @@ class Run:
                 way_out="judge each prediction by itself: score is called once for each candidate",
             )
 
+    def packed(
+        self, found: Sequence[Measured], original: Measured, folder: Path
+    ) -> tuple[Measured, Measured, bool]:
+        """Pack the best: it, the original timed beside it, and whether it is within the contract.
+
+        What is slower than the original when it is timed again gives way to the next best.
+        """
+        while True:
+            chosen = choose.best(found, self.goal, original)
+            nearest = chosen or choose.nearest(found, self.goal, original)
+            best, timed = pack(self.session, nearest, original, folder, self.told)
+            if chosen is None or choose.improves(best, self.goal, timed):
+                return best, timed, chosen is not None
+            self.notes.append(
+                f"{best.name} on {best.runtime} was {best.speedup:.2f} x as fast when it was timed again"
+            )
+            found = [best if _same(m, best) else m for m in found]
+
     def result(
         self, hunt: Hunt, best: Measured, original: Measured, *, met: bool, missing: Sequence[str]
     ) -> Result:
@@ -221,7 +240,9 @@ class Run:
         self.told.step(f"{candidate.name} on {candidate.runtime}")
         key = f"{candidate.runtime} {plan.digest()}"
         found = self.study.remember(
-            "survey", key, lambda: self.bench.survey(candidate.runtime, plan, 2.0).to_json()
+            "survey",
+            key,
+            lambda: self.bench.survey(candidate.runtime, plan, SURVEY[self.goal.minimize]).to_json(),
         )
         survey = survey_from(found)
         self.told.done(survey.failure or f"{survey.speedup:.2f} x as fast, {survey.bytes / 1e6:.1f} MB")

@@ -30,6 +30,8 @@ from flyweight.records import JSON, Goal, Plan, Step, Task
 from flyweight.report.progress import Progress
 from flyweight.runtimes._export import names, tensors
 
+FISHER = 16
+"""Examples from which it is learned how much each channel counts: a backward pass each."""
 PACKAGES = (
     "flyweight",
     "torch",
@@ -193,8 +195,8 @@ def _context(model: nn.Module, analysis: Analysis, task: Task, seed: int) -> tra
     """What is known of the sites of a model with folded batch norms; what costs passes is collected when it is asked for."""
     paths = [site.name for site in analysis.sites]
     grams = gram.lazily(model, paths, task.examples)
-    rows = fisher.lazily(model, paths, task.examples, seed=seed)
-    return transforms.Context(analysis.statistics, grams, rows=rows)
+    rows = fisher.lazily(model, paths, task.examples[:FISHER], seed=seed)
+    return transforms.Context(analysis.statistics, grams, rows=rows, examples=task.examples)
 
 
 def _remarks(model: nn.Module, analysis: Analysis) -> list[str]:

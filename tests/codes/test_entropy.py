@@ -59,7 +59,9 @@ def test_it_is_the_definition(step: float, energetic: bool, case: str) -> None:
     assert grid.columns is not None
     assert torch.allclose(grid.columns.double(), torch.tensor(factors).double(), rtol=2**-9)
     apart = (grid.nearest(weight) - torch.tensor(integers)).abs()
-    assert int(apart.max()) <= 1  # factors are rounded to float16: an entry near the middle may go the other way
+    assert (
+        int(apart.max()) <= 1
+    )  # factors are rounded to float16: an entry near the middle may go the other way
     assert float((apart > 0).float().mean()) < 0.1
     values = grid.values(grid.nearest(weight)).double()
     expected = grid.nearest(weight).double() * grid.scales.double() * grid.columns.double()
@@ -112,7 +114,9 @@ def test_file_bits_are_those_of_a_huffman_code_and_can_be_read_back() -> None:
     packed = coder.compress(raw) + coder.flush()
     assert file_bits(integers) == 8 * len(packed)
     assert zlib.decompress(packed, -15) == raw
-    stored = entropy.store(integers, Grid(-127, 127, 300, torch.ones(128, 1), columns=torch.ones(300)), Options())
+    stored = entropy.store(
+        integers, Grid(-127, 127, 300, torch.ones(128, 1), columns=torch.ones(300)), Options()
+    )
     assert stored["integers"].numpy().tobytes() == raw
     counts = Counter(raw)
     least = sum(-n * math.log2(n / len(raw)) for n in counts.values())
@@ -168,7 +172,13 @@ def test_factors_that_cannot_be_stored_are_refused_and_made_storable() -> None:
 
 @pytest.mark.parametrize(
     "weight",
-    [torch.zeros(4, 32), torch.full((4, 32), 0.3), torch.full((4, 32), 1e-40), normal(1, 32), normal(32, 8).T],
+    [
+        torch.zeros(4, 32),
+        torch.full((4, 32), 0.3),
+        torch.full((4, 32), 1e-40),
+        normal(1, 32),
+        normal(32, 8).T,
+    ],
     ids=["zeros", "constant", "denormal", "one row", "not contiguous"],
 )
 def test_awkward_weights(weight: torch.Tensor) -> None:

@@ -148,7 +148,9 @@ def test_nothing_given_is_changed_and_equal_calls_give_equal_answers() -> None:
     weight, matrix, rows = drawn(), gram(64), torch.rand(48)
     grid = fitted(weight)
     kept = [one.clone() for one in (weight, matrix, rows, grid.scales)]
-    found = [waterfilling.pick(weight, grid, Seen(gram=matrix, rows=rows), Options(bits=3.5)) for _ in range(2)]
+    found = [
+        waterfilling.pick(weight, grid, Seen(gram=matrix, rows=rows), Options(bits=3.5)) for _ in range(2)
+    ]
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1].scales, found[1][1].scales)
     assert all(torch.equal(a, b) for a, b in zip(kept, (weight, matrix, rows, grid.scales), strict=True))
@@ -181,7 +183,9 @@ def test_awkward_weights(case: str, options: dict[str, float]) -> None:
         weight = weight[:1]
     elif case in ("one column", "two inputs"):
         weight = weight[:, : 1 if case == "one column" else 2]
-    grid = Grid(-127, 127, weight.shape[1], torch.full((len(weight), 1), 0.3), columns=torch.ones(weight.shape[1]))
+    grid = Grid(
+        -127, 127, weight.shape[1], torch.full((len(weight), 1), 0.3), columns=torch.ones(weight.shape[1])
+    )
     integers, found = waterfilling.pick(weight, grid, seen(gram(weight.shape[1])), Options(**options))
     values = found.values(integers)
     assert not bool(values[(weight == 0).all(1)].any())
@@ -215,7 +219,9 @@ def _pulled(weight: torch.Tensor, grid: Grid, column: int) -> torch.Tensor:
     return (levels / (1 + 1 / 12 / levels.square().mean())).round().to(torch.int16)
 
 
-@pytest.mark.parametrize("case", ["one sample", "two inputs alike", "huge", "tiny", "not positive", "one large"])
+@pytest.mark.parametrize(
+    "case", ["one sample", "two inputs alike", "huge", "tiny", "not positive", "one large"]
+)
 def test_awkward_inputs(case: str) -> None:
     weight, matrix = drawn(), gram(64)
     if case == "one sample":
@@ -280,7 +286,11 @@ def test_channels_that_read_different_inputs_are_refused() -> None:
     weight = drawn(8, 16)
     with pytest.raises(UsageError, match="cannot share factors of columns"):
         pick_parts(
-            waterfilling.pick, weight, fitted(weight), [seen(gram(16, seed=k)) for k in range(2)], Options(bits=3)
+            waterfilling.pick,
+            weight,
+            fitted(weight),
+            [seen(gram(16, seed=k)) for k in range(2)],
+            Options(bits=3),
         )
     found, _ = pick_parts(
         error_feedback.pick, weight, fitted(weight), [seen(gram(16, seed=k)) for k in range(2)],

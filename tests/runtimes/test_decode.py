@@ -22,6 +22,8 @@ CODES: list[dict[str, Any]] = [
     {"code": "palette", "bits": 3, "rows": 2},
     {"code": "low_float", "format": "e5m2"},
     {"code": "low_float", "format": "e2m1", "group": 16, "scale": "e8m0"},
+    {"code": "entropy", "step": 0.05},
+    {"code": "entropy", "step": 0.05, "scale": "float32"},
 ]
 
 

@@ -82,6 +82,7 @@ def test_integers_lie_in_their_element_type(kind: str, turned: bool) -> None:
         {"code": "palette", "bits": 3, "rows": 2},
         {"code": "low_float"},
         {"code": "ternary", "group": 16},
+        {"code": "entropy", "step": 0.1},
     ],
     ids=str,
 )

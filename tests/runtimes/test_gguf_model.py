@@ -12,7 +12,7 @@ import torch
 from runtimes.talkers import Wrapped, rounded, stored, talker, tokens
 from torch import nn
 
-from flyweight.codes import integer, palette
+from flyweight.codes import entropy, integer, palette
 from flyweight.errors import ArtifactError, ModelError
 from flyweight.inputs.check import run
 from flyweight.runtimes._gguf_load import state
@@ -201,9 +201,14 @@ def test_layers_that_no_type_holds_are_named(tmp_path: Path) -> None:
     coded = QuantizedLayer(
         linear, "palette", palette.Options(bits=4), (table.nearest(weight), table), transposed=False
     )
+    grid = entropy.fit(weight, entropy.Options())
+    factored = QuantizedLayer(
+        linear, "entropy", entropy.Options(), (grid.nearest(weight), grid), transposed=False
+    )
     cases = (
         (stored(linear, integer.Options(bits=4, group=16)), "groups of 32"),
         (coded, "evenly spaced integers, got the code palette"),
+        (factored, "evenly spaced integers, got the code entropy"),
         (static, "rounds activations in its own way, got static"),
         (nn.Sequential(linear), "must know every layer that has parameters"),
         (nn.Identity(), "got none for blk.1.ffn_up.weight"),

@@ -98,21 +98,12 @@ def entering(model: nn.Module, chain: Chain, examples: Sequence[Batch]) -> tuple
     return None if None in found else tuple(one[0][1] for one in found if one is not None)
 
 
-def earlier(model: nn.Module, chain: Chain, paths: Collection[str], example: Batch) -> set[str]:
-    """Those of some modules that run before the chain begins, in a pass of one example."""
-    found: set[str] = set()
-
-    def begin(path: str, given: Arguments) -> None:
-        if path == chain.paths[0]:
-            raise _Stop
-        found.add(path)
-
-    with (
-        _hooked(model, [*paths, chain.paths[0]], begin, lambda path, output: None),
-        contextlib.suppress(_Stop),
-    ):
+def calls(model: nn.Module, paths: Collection[str], example: Batch) -> tuple[str, ...]:
+    """Some modules in the order in which they begin in a pass of one example, each as often as it is called."""
+    found: list[str] = []
+    with _hooked(model, paths, lambda path, given: found.append(path), _ignore):
         run(model, example)
-    return found
+    return tuple(found)
 
 
 def leaving(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> torch.Tensor:
@@ -125,6 +116,19 @@ def leaving(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> torc
     if output is None:
         raise ModelError("a block must give a tensor first", got="none", where=type(block).__name__)
     return output
+
+
+def reach(block: nn.Module, arguments: Arguments, state: torch.Tensor, paths: Collection[str]) -> None:
+    """Run a block as `leaving` does, until each of some modules in it was called; what comes after is not run."""
+    waiting = set(paths)
+
+    def end(path: str, output: Any) -> None:
+        waiting.discard(path)
+        if not waiting:
+            raise _Stop
+
+    with _hooked(block, paths, _ignore, end), contextlib.suppress(_Stop):
+        leaving(block, arguments, state)
 
 
 def _runs(model: nn.Module, example: Batch) -> dict[str, _Run]:
@@ -173,7 +177,7 @@ def _repeats(model: nn.Module, chain: Chain, example: Batch) -> bool:
     def end(path: str, output: Any) -> None:
         ends.extend(last.clone() for last in [_first(output)] if last is not None)
 
-    with _hooked(model, chain.paths[-1:], lambda path, given: None, end):
+    with _hooked(model, chain.paths[-1:], _ignore, end):
         run(model, example)
     if found is None:
         return False
@@ -213,7 +217,7 @@ def _entries(
 @contextlib.contextmanager
 def _hooked(
     model: nn.Module,
-    paths: Sequence[str],
+    paths: Collection[str],
     begin: Callable[[str, Arguments], None],
     end: Callable[[str, Any], None],
 ) -> Iterator[None]:
@@ -234,6 +238,10 @@ def _hooked(
             undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
             undo.callback(module.register_forward_hook(after).remove)
         yield
+
+
+def _ignore(path: str, value: Any) -> None:
+    """Have no use for a call."""
 
 
 def _state(given: Arguments) -> torch.Tensor | None:

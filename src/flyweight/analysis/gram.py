@@ -42,8 +42,7 @@ def grams(
     an example, ModelError for a site without a weight of its own, UsageError for an unknown site or rows below 1.
     """
     means, leaders = _means((model,), sites, examples, rows)
-    symmetric = {path: (mean + mean.mT) / 2 for path, mean in means.items()}
-    return {path: symmetric[leader] for path, leader in leaders.items()}
+    return _shared(_symmetric(means), leaders)
 
 
 def lazily(
@@ -71,14 +70,38 @@ def crosses(
     The original's inputs of one example are held at a time. rows, errors and sites left out are those of `grams`; a site
     that is called with inputs of another shape in the other model raises ModelError.
     """
-    means, leaders = _means((original, model), sites, examples, rows)
+    return _shared(*_means((original, model), sites, examples, rows))
+
+
+def both(
+    original: nn.Module, model: nn.Module, sites: Collection[str], examples: Sequence[Batch]
+) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+    """The `grams` of a model and its `crosses` with the original, in one pass of each; raises as they do."""
+    own: dict[str, _Sum] = {}
+    means, leaders = _means((original, model), sites, examples, None, own)
+    squares = {path: _mean(path, own[path]) for path in means}
+    return _shared(_symmetric(squares), leaders), _shared(means, leaders)
+
+
+def _symmetric(means: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {path: (mean + mean.mT) / 2 for path, mean in means.items()}
+
+
+def _shared(means: Mapping[str, torch.Tensor], leaders: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Each site's matrix: that of its leader."""
     return {path: means[leader] for path, leader in leaders.items()}
 
 
 def _means(
-    models: tuple[nn.Module, ...], sites: Collection[str], examples: Sequence[Batch], rows: int | None
+    models: tuple[nn.Module, ...],
+    sites: Collection[str],
+    examples: Sequence[Batch],
+    rows: int | None,
+    own: dict[str, _Sum] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Mean outer products of the first model's inputs with the last's, of the sites that lead; and each site's leader.
+
+    own: takes the sums of the last model's inputs with themselves.
 
     Which sites share is read off the first example; where a later one disagrees, all begins anew with those sites apart.
     """
@@ -91,7 +114,9 @@ def _means(
     apart: set[str] = set()
     while True:
         leaders = _leaders(reads, sites, apart)
-        sums, differing = _streamed(watched, examples, leaders, rows)
+        if own is not None:
+            own.clear()
+        sums, differing = _streamed(watched, examples, leaders, rows, own)
         if not differing:
             means = {path: _mean(path, found) for path, found in sums.items() if found.rows}
             return means, {path: leader for path, leader in leaders.items() if leader in means}
@@ -103,6 +128,7 @@ def _streamed(
     examples: Sequence[Batch],
     leaders: Mapping[str, str],
     rows: int | None,
+    own: dict[str, _Sum] | None,
 ) -> tuple[dict[str, _Sum], set[str]]:
     """Sums of the sites that lead; and the sites that turned out to read other tensors than their leader."""
     sums: dict[str, _Sum] = {}
@@ -120,6 +146,8 @@ def _streamed(
                 odd.add(path)
             else:
                 _add(sums, path, partner, call, rows)
+                if own is not None:
+                    _add(own, path, call, call, rows)
 
     for index in range(len(examples)):
         waiting.clear()

@@ -11,6 +11,9 @@ A weight is (O, I): output channels by inputs of one of them, kernel elements in
     def store(integers, grid, options) -> dict[str, Tensor] # packed: what lies in the file
     def restore(stored, columns, options) -> (integers, Grid)   # exact: integers int16, the grid bit for bit
 
+A grid may give each input a further factor (`Grid.columns`, of the code entropy): value = (level - zero) * scale * column.
+A code with `COMPRESSED = True` stores integers that a Huffman coder makes smaller on disk than `nbytes` says.
+
 What `fit` returns is storable. A rounding that changes scales hands its grid through `storable` before `store`, which
 raises UsageError for scales it would have to change. All of it is deterministic, and no input is changed. `fit` works in
 float32 (a float64 weight is rounded first); it raises ModelError for entries that are NaN, infinite or beyond 1e30,

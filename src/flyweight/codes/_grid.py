@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Every entry is an integer in [low, high] that stands for (level - zero) * scale * column: the level is it, or in a table."""
+    """Every entry is an integer in [low, high], for (level - zero) * scale * column; a table may hold the levels."""
 
     low: int
     high: int

@@ -67,7 +67,7 @@ def nbytes(rows: int, columns: int, options: Options) -> int:
 
 def file_bits(integers: torch.Tensor) -> int:
     """Bits that integers (O, I) in [-128, 127] take in a file: raw deflate of their bytes, Huffman coding alone."""
-    raw = integers.T.to(torch.int8).contiguous().numpy().tobytes()
+    raw = integers.T.to(torch.int8).contiguous().cpu().numpy().tobytes()
     coder = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return 8 * (len(coder.compress(raw)) + len(coder.flush()))
 

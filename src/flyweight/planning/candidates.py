@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,8 @@ from flyweight.transforms import _options
 
 LOW_BITS = (4, 3)
 """Widths below 8 bits that are tried; fewer break any sensible contract without training."""
+LOSSES = (0.003, 0.01, 0.03, 0.1, 0.3)
+"""What Huffman-coded weights may add to the model's loss (nats) by prediction; what they do is measured."""
 _ORIGINAL = "float32"
 BASELINE = "torch"
 """The runtime of the original, with which every candidate is compared."""
@@ -72,6 +75,8 @@ def families(model: nn.Module, sites: Sequence[Site], goal: Goal) -> list[Family
     found = [Family(_ORIGINAL), Family("int8 weights", stored)]
     if goal.minimize != "latency":
         found += _low_bit(model, sites, stored)
+    if goal.minimize == "size":
+        found += _entropy(model, sites, stored)
     found += _int8(model, sites, stored)
     return [family for family in found if family.steps or family.name == _ORIGINAL]
 
@@ -88,6 +93,22 @@ def _low_bit(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]
                 steps |= _steps(model, sites, "weight_only", {**given, **rounding})
         if steps != stored:
             found.append(Family(f"int{bits} weights", steps, gentler))
+            gentler = steps
+    return found
+
+
+def _entropy(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
+    """Integers that a Huffman coder packs, all layers on one water level; a spared site has the next finer level."""
+    weights = sum(model.get_submodule(s.name).get_parameter("weight").numel() for s in sites if s.macs) or 1
+    found, gentler = [], stored
+    for loss in LOSSES:
+        level = float(f"{math.sqrt(24 * loss / weights):.3g}")  # an entry adds about level^2 / 24
+        steps = dict(stored) | _steps(model, sites, "weight_only", {"code": "entropy", "step": 0.25})
+        steps |= _steps(
+            model, sites, "weight_only", {"code": "entropy", "rounding": "waterfilling", "level": level}
+        )
+        if steps != stored:
+            found.append(Family(f"Huffman-coded weights, loss {loss:g}", steps, gentler))
             gentler = steps
     return found
 

@@ -7,7 +7,8 @@ A rounding file is a plug-in of three names:
     def pick(weight, grid, seen, options) -> (integers, Grid)
 
 pick gets a finite weight (O, I) and a grid that fits it, and returns int16 integers (O, I) in [grid.low, grid.high] with the
-grid that they are points of: the given one, or one with other scales and zeros. The weight is never changed. It raises
+grid that they are points of: the given one, or one with other scales, zeros and factors of columns. The weight is never
+changed. `ROWS = True` says that it has use for Seen.rows; one that needs a certain kind of grid refuses others. It raises
 ModelError for a weight with NaN or infinite entries, UsageError for a grid that does not fit the weight, and DataError
 where what was seen is missing, of another shape or not finite. Equal arguments give equal integers.
 """

@@ -38,6 +38,8 @@ from flyweight.roundings._seen import Seen
 from flyweight.roundings.error_feedback import fed, target_of
 
 NEEDS = "gram"
+WHOLE = True
+"""It takes layers whose output channels all read the same inputs: there is one factor for a column."""
 ROWS = True
 """It has use for Seen.rows."""
 
@@ -49,9 +51,7 @@ _ROOM = LIMIT - 7
 """The largest integer of a weight before errors are carried into it."""
 _SAMPLE = 128
 """Output channels on which a level is tried."""
-_BLOCK = 32767
-"""Symbols for which deflate makes one Huffman code."""
-_NEAR = 0.015
+_NEAR = 0.02
 """Bits an entry by which a layer may be smaller than asked."""
 
 
@@ -136,7 +136,7 @@ def _row_steps(seen: Seen, weight: torch.Tensor) -> torch.Tensor:
 
 def _column_steps(factor: Factor, dead: torch.Tensor) -> torch.Tensor:
     """(I,) float64: one over each input's part of the output, 1 / R_ii, the largest of all for dead inputs (I,)."""
-    found = torch.empty(len(factor.order), dtype=torch.float64)
+    found = torch.empty_like(dead, dtype=torch.float64)
     found[factor.order] = 1 / (factor.root.diagonal().flip(0).double() * factor.scale**0.5)
     found[dead] = found[~dead].max()
     return found
@@ -179,37 +179,29 @@ def _cheap_column(on: Columns, wish: torch.Tensor, column: int) -> tuple[torch.T
 def _sized(task: _Task, wanted: float) -> tuple[torch.Tensor, Grid]:
     """The integers and the grid whose integers take so many bits an entry in the file, or hardly fewer."""
     water = _tried(task, wanted)
-    for _ in range(4):
+    for _ in range(5):
         integers, grid = _at(task, water)
         over = file_bits(integers) / integers.numel() - wanted
         if -_NEAR <= over <= 0:
             break
-        water *= 2 ** (1.2 * over + _NEAR / 2)
+        water *= 2 ** (over + _NEAR / 2)  # half the step is one bit more
     return integers, grid
 
 
 def _tried(task: _Task, wanted: float) -> float:
-    """A water level that gives about so many bits an entry, found on some output channels: half the step, one bit more."""
+    """A water level that gives about so many bits an entry, found on some output channels."""
     rows = slice(None, None, -(-len(task.target) // _SAMPLE))
     part = dataclasses.replace(
         task, target=task.target[rows], grid=rows_of(task.grid, rows), rows=task.rows[rows]
     )
     sizes = (part.target / part.rows / (part.columns * part.unit)).double().square().mean(1).sqrt()
-    water = float(sizes.clamp(min=1e-30).log().mean().exp()) * 2 ** (2 - wanted)
-    width = max(1, _BLOCK // len(task.target))
-    for _ in range(8):
-        over = _entropy(_at(part, water)[0], width) - wanted
+    sizes = sizes[sizes > 0]
+    water = float(sizes.log().mean().exp()) * 2 ** (2.1 - wanted) if len(sizes) else 1.0
+    if len(part.target) == len(task.target):
+        return water
+    for _ in range(4):
+        over = file_bits(_at(part, water)[0]) / part.target.numel() - wanted
         if abs(over) < _NEAR:
             break
-        water *= 2 ** max(-3.0, min(3.0, 1.2 * over))
+        water *= 2 ** max(-3.0, min(3.0, over))
     return water
-
-
-def _entropy(integers: torch.Tensor, width: int) -> float:
-    """Bits an entry of integers (O, I), those of each `width` columns coded by themselves."""
-    total = 0.0
-    for block in integers.split(width, 1):
-        counts = torch.bincount(block.reshape(-1).int() + LIMIT).double()
-        counts = counts[counts > 0]
-        total += float((counts * (block.numel() / counts).log2()).sum())
-    return total / integers.numel()

@@ -1,8 +1,8 @@
 """Nodes that decode a stored weight: evenly spaced integers by DequantizeLinear, tables by Gather.
 
 Everything here reads constants alone, so a runtime may compute it once, when it loads the graph. Integers lie in the smallest
-element type that holds them, of 4 or 8 bits. Shapes: a weight is (O, I) with G scales a channel; it is turned to (I, O) for
-products.
+element type that holds them, of 4 or 8 bits. Factors of inputs come last. Shapes: a weight is (O, I) with G scales a channel;
+it is turned to (I, O) for products.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -
     integers, grid = module.encoded()
     plain = grid.table is None and (turned or grid.scales.shape[1] == 1)
     made = name if turned or plain else f"{name}.flat"
+    scaled = made if grid.columns is None else f"{name}.scaled"
     if grid.table is None:
         shape = integers.T.shape if turned else module.shape if plain else integers.shape
-        _even(low, owner, (integers, grid), made, tuple(shape), turned=turned)
+        _even(low, owner, (integers, grid), scaled, tuple(shape), turned=turned)
     else:
-        _table(low, owner, (integers, grid), made, turned=turned)
+        _table(low, owner, (integers, grid), scaled, turned=turned)
+    if grid.columns is not None:
+        form = (module.columns, 1) if turned else (1, *module.shape[1:]) if plain else (1, module.columns)
+        low.node("Mul", [scaled, _floats(low, f"{owner}factors", tuple(form))], made)
     if made != name:
         low.node("Reshape", [made, low.small(f"{name}.shape", torch.tensor(module.shape))], name)
     return name
@@ -64,6 +68,10 @@ def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> 
         whole = low.small(f"{y}.width", torch.tensor([module.columns]))
         outer = low.node("Concat", [f"{y}.ids", whole], f"{y}.outer", axis=0)
         levels = low.node("Reshape", [levels, outer], f"{y}.whole")
+    if grid.columns is not None:
+        levels = low.node(
+            "Mul", [levels, _floats(low, f"{owner}factors", (module.columns,))], f"{y}.factored"
+        )
     return low.node("Identity", [levels], y)
 
 

@@ -183,7 +183,7 @@ def _integers(path: str, layer: QuantizedLayer, order: NDArray[Any] | None) -> T
     if layer.activations != "float":
         raise ModelError("llama.cpp rounds activations in its own way", got=layer.activations, where=path)
     integers, grid = layer.encoded()
-    if grid.table is not None:
+    if grid.table is not None or grid.columns is not None:
         raise ModelError("a GGUF holds evenly spaced integers", got=f"the code {layer.code}", where=path)
     low, high = (int(end) for end in torch.aminmax(integers))
     kind = _gguf.fitting(low if grid.zeros is None else min(low, 0), high, grid.zeros is not None)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from flyweight.records import Batch
-from flyweight.runtimes._files import WEIGHTS, Predictor, write_weights
+from flyweight.runtimes._files import WEIGHTS, Predictor, kept_weights, write_weights
 from flyweight.runtimes._state import unique_state
 from flyweight.runtimes.torch import caller
 from flyweight.runtimes.torch import refuse as refuse
@@ -35,4 +35,4 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
         warnings.simplefilter("ignore")  # the compiler warns of its own parts
         call = caller(cast(nn.Module, torch.compile(model)))
         call(examples[0])
-    return Predictor(runtime="torch_compile", call=call, files=(where / WEIGHTS,))
+    return Predictor(runtime="torch_compile", call=call, files=(kept_weights(model, where),))

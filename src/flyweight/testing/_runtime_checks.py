@@ -24,7 +24,7 @@ from flyweight.inputs.check import digest, run
 from flyweight.records import Batch, Plan, Step
 from flyweight.runtimes import _structure
 from flyweight.runtimes._export import names, tensors
-from flyweight.runtimes._files import GGUF, GRAPH, WEIGHTS, Predictor
+from flyweight.runtimes._files import GGUF, GRAPH, PACKED, WEIGHTS, Predictor
 from flyweight.testing._cases import Case, NotApplicable, distance, plans_of, require, same, same_form
 from flyweight.testing.zoo import Zoo, missing
 from flyweight.transforms import Context, QuantizedLayer
@@ -130,8 +130,10 @@ def model_untouched(running: Running) -> None:
 def honest_bytes(running: Running) -> None:
     """`bytes` are those of the files, all in one folder under the known names."""
     files = running.predictor.files
-    require({file.name for file in files} <= {WEIGHTS, GRAPH, GGUF}, "a file of another name")
-    require(set(files[0].parent.iterdir()) == set(files), "files that are not listed")
+    names = {file.name for file in files}
+    require(names <= {WEIGHTS, PACKED, GRAPH, GGUF}, "a file of another name")
+    beside = {files[0].parent / WEIGHTS} if PACKED in names else set()  # what a compressed one is run from
+    require(set(files[0].parent.iterdir()) == {*files, *beside}, "files that are not listed")
     require(
         sum(file.stat().st_size for file in files) == running.predictor.bytes, "other bytes than the files'"
     )
@@ -139,7 +141,8 @@ def honest_bytes(running: Running) -> None:
 
 def stored_once(running: Running) -> None:
     """The weights' file holds the model's tensors, and next to nothing else."""
-    size = sum(f.stat().st_size for f in running.predictor.files if f.name in (WEIGHTS, GGUF))
+    folder = running.predictor.files[0].parent
+    size = sum(f.stat().st_size for f in folder.iterdir() if f.name in (WEIGHTS, GGUF))
     room = _HEADER + 256 * len(running.twin.state_dict())
     require(size <= model_bytes(running.twin) + room, f"{size} bytes for {model_bytes(running.twin)}")
 

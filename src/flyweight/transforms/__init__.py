@@ -1,7 +1,7 @@
 """What can be done to a model: one file, one method. `apply` is the verb for all of them.
 
 A method file holds `Options`, `levels(site)`, `refuse(site, options, module)` and `replace(model, site, options, context)`,
-which returns new modules by path. `learns(options)` says whether it asks for what only a pass over the inputs tells.
+which returns new modules by path. `learns(options)` says which matrices it asks the context for.
 `closeness(options)` says how far outputs may move; a method without it is exact.
 Copying, ordering, checking and refusing are done here, once for all methods.
 """
@@ -75,19 +75,22 @@ def _changes(
     def change(path: str, context: Context) -> Mapping[str, nn.Module]:
         return _replaced(model, ready[path], *steps[path], context)
 
-    learning = [path for path in known if path in ready and _learns(ready[path])]
+    wants = {path: _learns(ready[path]) for path in known if path in ready}
+    learning = [path for path, wanted in wants.items() if wanted != "nothing"]
     if learning and len(context.examples) and not context.rebuilding:
         others = [path for path in ready if path not in learning]
-        found = _sequential.in_order(model, _sequential.Work(learning, others, context, change))
+        drifting = {path for path, wanted in wants.items() if wanted == "cross"}
+        work = _sequential.Work(learning, others, drifting, context, change)
+        found = _sequential.in_order(model, work)
         if found is not None:
             return found
     return {path: new for site in ready for path, new in change(site, context).items()}
 
 
-def _learns(ready: _Ready) -> bool:
-    """Whether a method asks the context for a site's matrices; one without `learns` never does."""
+def _learns(ready: _Ready) -> str:
+    """What a method asks the context for: "nothing", "gram" or "cross", which is both; one without `learns`, nothing."""
     method, _, options = ready
-    return hasattr(method, "learns") and bool(method.learns(options))
+    return str(method.learns(options)) if hasattr(method, "learns") else "nothing"
 
 
 def _ready(model: nn.Module, step: Step, where: str, known: Mapping[str, Site]) -> _Ready:

@@ -1,9 +1,9 @@
 """Layers changed block after block, in the order in which they run, each fitted to the inputs that it will really get.
 
 What a method learns of a layer's inputs is learned in the model as changed so far, as in Frantar et al., GPTQ (arXiv
-2210.17323, 2022); the original's inputs of the same examples run alongside, so that a rounding can make up for the drift. Two hidden
-states of each example are held, and the matrices of one block. Within a block the layers that read one tensor are changed
-together, and those behind them see the change.
+2210.17323, 2022); the original's inputs of the same examples run alongside, so that a rounding can make up for the drift. Two
+hidden states of each example are held, and the matrices of one block. Within a block the layers that read one tensor are
+changed together, and those behind them see the change.
 
 What runs before the chain of blocks is changed first, what runs after it last. A model without such a chain is left to the
 caller, as are examples that take different ways through it: then all is learned in the original.
@@ -12,8 +12,7 @@ caller, as are examples that take different ways through it: then all is learned
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -21,10 +20,11 @@ from torch import nn
 
 from flyweight.analysis import blocks
 from flyweight.analysis.blocks import Arguments, Chain
-from flyweight.analysis.gram import crosses, grams
+from flyweight.analysis.gram import both, grams
 from flyweight.records import Batch
 from flyweight.transforms._contract import Context
 from flyweight.transforms._copies import view
+from flyweight.transforms._quantized import QuantizedLayer
 
 Changes = dict[str, nn.Module]
 """New modules by their paths in the model."""
@@ -38,6 +38,8 @@ class Work:
     """Sites whose change asks the context for matrices, in the order in which they run."""
     others: Sequence[str]
     """The other sites that change."""
+    drifting: Set[str]
+    """Those of the learning sites whose change asks for cross matrices too."""
     context: Context
     change: Callable[[str, Context], Mapping[str, nn.Module]]
     """The new modules for a site, with what the context knows."""
@@ -68,32 +70,48 @@ class _Place:
         states = zip(self.original, self.current, strict=True)
         return [{"index": torch.tensor(i), "original": a, "current": b} for i, (a, b) in enumerate(states)]
 
-    def side(self, name: str, changes: Changes) -> nn.Module:
-        """The block, changed at some paths of the model, as a model of hidden states: the original or the current ones."""
-        return _Side(self.changed(changes), self.arguments, name)
+    def side(self, name: str, changes: Changes, until: Sequence[str] = ()) -> nn.Module:
+        """The block, changed at some paths, as a model of the original or the current states; until: see `_Stage`."""
+        return _Side(self.changed(changes), self.arguments, name, [self.inner(path) for path in until])
 
     def own(self, path: str) -> str:
         """The path in a side of a module that has this path in the model."""
         return "block" + path.removeprefix(self.path)
 
+    def inner(self, path: str) -> str:
+        """The path in the block of a module that has this path in the model."""
+        return path.removeprefix(self.path).lstrip(".")
+
     def changed(self, changes: Changes) -> nn.Module:
         """The block with other modules at some paths of the model."""
-        return view(
-            self.block, {path.removeprefix(self.path).lstrip("."): new for path, new in changes.items()}
-        )
+        return view(self.block, {self.inner(path): _plain(new) for path, new in changes.items()})
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """Sites of a block that are changed together."""
+
+    sites: Sequence[str]
+    until: Sequence[str]
+    """Sites after which a pass has told all; none where a site runs more than once, or not at all in the first example."""
 
 
 class _Side(nn.Module):
     """A block with its arguments in all examples, as a model of hidden states."""
 
-    def __init__(self, block: nn.Module, arguments: Sequence[Arguments], side: str) -> None:
+    def __init__(
+        self, block: nn.Module, arguments: Sequence[Arguments], name: str, until: Sequence[str]
+    ) -> None:
         super().__init__()
-        self.block, self.arguments, self.side = block, arguments, side
+        self.block, self.arguments, self.name, self.until = block, arguments, name, until
 
-    def forward(self, index: torch.Tensor, original: torch.Tensor, current: torch.Tensor) -> torch.Tensor:
-        """The next hidden state in the example of that index, on one side."""
-        state = original if self.side == "original" else current
-        return blocks.leaving(self.block, self.arguments[int(index)], state)
+    def forward(self, index: torch.Tensor, original: torch.Tensor, current: torch.Tensor) -> None:
+        """Run the example of that index, on one side."""
+        state, given = original if self.name == "original" else current, self.arguments[int(index)]
+        if self.until:
+            blocks.reach(self.block, given, state, self.until)
+        else:
+            blocks.leaving(self.block, given, state)
 
 
 def in_order(model: nn.Module, work: Work) -> Changes | None:
@@ -106,7 +124,8 @@ def in_order(model: nn.Module, work: Work) -> Changes | None:
     if chain is None:
         return None
     outside = {site for site in work.sites if not any(_inside(site, path) for path in chain.paths)}
-    early = blocks.earlier(model, chain, outside, examples[0])
+    order = blocks.calls(model, {*outside, chain.paths[0]}, examples[0])
+    early = set(order[: order.index(chain.paths[0])])
     changes = _outside(model, {}, work.among(early))
     along = _along(model, chain, changes, work)
     if along is None:
@@ -117,10 +136,9 @@ def in_order(model: nn.Module, work: Work) -> Changes | None:
 
 def _outside(model: nn.Module, changes: Changes, work: Work) -> Changes:
     """The new modules for sites outside the chain, all learned in one state of the model."""
-    current = view(model, changes) if changes else model
-    return _all(
-        work, _knowing(work, model, current, work.context.examples, {site: site for site in work.learning})
-    )
+    current = view(model, changes) if changes and work.learning else model
+    own = {site: site for site in work.learning}
+    return _all(work, _knowing(work, model, current, work.context.examples, own))
 
 
 def _along(model: nn.Module, chain: Chain, early: Changes, work: Work) -> Changes | None:
@@ -134,55 +152,65 @@ def _along(model: nn.Module, chain: Chain, early: Changes, work: Work) -> Change
     for path, arguments in zip(chain.paths, stream.arguments, strict=True):
         place = _Place(path, model.get_submodule(path), arguments, original, current)
         found = _within(place, work.among([site for site in work.sites if _inside(site, path)]))
-        current = _after(place.changed(found), arguments, current)
-        original = _after(place.block, arguments, original)
         changes |= found
+        if path != chain.paths[-1]:
+            original, current = _behind(place, found, bool(work.drifting))
     return changes
+
+
+def _behind(place: _Place, found: Changes, drifting: bool) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """The original's and the current hidden states behind a block; one and the same where nobody asks how far they drift."""
+    current = _after(place.changed(found), place.arguments, place.current)
+    apart = drifting and (found or place.current is not place.original)
+    return _after(place.block, place.arguments, place.original) if apart else current, current
 
 
 def _within(place: _Place, work: Work) -> Changes:
     """The new modules of a block: those that read one tensor together, and each behind the changes before it."""
     changes = _all(work.among(work.others), work.context)
     for stage in _stages(place, work.learning):
-        sides = place.side("original", {}), place.side("current", changes)
-        part = work.among(stage)
-        known = _knowing(part, *sides, place.examples(), {site: place.own(site) for site in stage})
-        changes |= _all(part, known)
+        part, own = work.among(stage.sites), {site: place.own(site) for site in stage.sites}
+        current = place.side("current", changes, stage.until)
+        drifted = changes or place.current is not place.original
+        original = place.side("original", {}, stage.until) if drifted else current
+        changes |= _all(part, _knowing(part, original, current, place.examples(), own))
     return changes
 
 
-def _stages(place: _Place, sites: Sequence[str]) -> list[list[str]]:
-    """Sites of a block in groups that read one tensor, as told by the first example, in the order in which they come."""
+def _stages(place: _Place, sites: Sequence[str]) -> list[_Stage]:
+    """Sites of a block in groups that read one tensor, as told by the first example, in the order in which they run."""
     if not sites:
         return []
-    own = {site: place.own(site) for site in sites}
-    shared = grams(place.side("current", {}), list(own.values()), place.examples()[:1])
-    stages: dict[int, list[str]] = {}
-    for site in sites:
-        stages.setdefault(id(shared.get(own[site], site)), []).append(site)
-    return list(stages.values())
+    side, first, paths = place.side("current", {}), place.examples()[0], [place.own(site) for site in sites]
+    shared, order = grams(side, paths, [first]), blocks.calls(side, paths, first)
+    groups: dict[object, list[str]] = {}
+    for site in sorted(sites, key=lambda site: (order + tuple(paths)).index(place.own(site))):
+        matrix = shared.get(place.own(site))
+        groups.setdefault(site if matrix is None else id(matrix), []).append(site)
+    once = {site for site in sites if order.count(place.own(site)) == 1}
+    return [_Stage(group, group if once.issuperset(group) else []) for group in groups.values()]
 
 
 def _knowing(
-    work: Work, original: nn.Module, current: nn.Module, examples: Sequence[Batch], paths: Mapping[str, str]
+    work: Work, original: nn.Module, current: nn.Module, examples: Sequence[Batch], own: Mapping[str, str]
 ) -> Context:
-    """The context with matrices of some sites, collected when one is asked for; paths: where the sites are in the modules."""
+    """The context with the matrices of the sites that learn; own: their paths in the original and in the current module."""
+    if not own:
+        return work.context
+    paths = list(own.values())
+    crossed: Mapping[str, torch.Tensor] = {}
+    if original is not current and not work.drifting.isdisjoint(own):
+        found, crossed = both(original, current, paths, examples)
+    else:
+        found = grams(current, paths, examples)
+    return dataclasses.replace(
+        work.context, gram=lambda site: found.get(own[site]), cross=lambda site: crossed.get(own[site])
+    )
 
-    @functools.cache
-    def gram() -> Mapping[str, torch.Tensor]:
-        return grams(current, list(paths.values()), examples)
 
-    @functools.cache
-    def cross() -> Mapping[str, torch.Tensor]:
-        return crosses(original, current, list(paths.values()), examples)
-
-    def of(site: str) -> torch.Tensor | None:
-        return gram().get(paths[site])
-
-    def across(site: str) -> torch.Tensor | None:
-        return None if current is original else cross().get(paths[site])
-
-    return dataclasses.replace(work.context, gram=of, cross=across)
+def _plain(module: nn.Module) -> nn.Module:
+    """A module that computes the same without decoding its weight in every call."""
+    return module.plain() if isinstance(module, QuantizedLayer) else module
 
 
 def _all(work: Work, context: Context) -> Changes:

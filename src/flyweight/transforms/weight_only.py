@@ -12,7 +12,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -96,13 +96,18 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
         return "it is quantized already"
     if site.kind == "embedding" and _needs(options) != "nothing":
         return f"embeddings have no inputs that {options.rounding} could learn from; round to nearest"
+    whole = getattr(discover.method("roundings", options.rounding), "WHOLE", False)
+    if whole and getattr(module, "groups", 1) != 1:
+        return f"{options.rounding} takes layers whose output channels all read the same inputs"
     reason: str | None = _code(options).refuse(*rows(module, site.kind).shape, options.coding)
     return reason
 
 
-def learns(options: Options) -> bool:
-    """Whether `replace` asks the context for the matrices of the site's inputs."""
-    return _needs(options) == "gram"
+def learns(options: Options) -> Literal["nothing", "gram", "cross"]:
+    """Which matrices of a site's inputs `replace` asks the context for: "cross" is both."""
+    if _needs(options) != "gram":
+        return "nothing"
+    return "cross" if getattr(options.picking, "drift", 0.0) else "gram"
 
 
 def closeness(options: Options) -> float:
@@ -152,8 +157,7 @@ def _seen(site: Site, context: Context, energy: torch.Tensor | None, options: Op
             f"{options.rounding} must know the layer's inputs", got="a layer that no example reached", where=site.name,
             way_out="round it to nearest",
         )  # fmt: skip
-    drifts = getattr(options.picking, "drift", 0.0) > 0  # to collect it costs two more passes
-    cross = context.cross(site.name) if drifts else None
+    cross = context.cross(site.name)
     grams, crosses = _parts(gram), _parts(gram if cross is None else cross)
     rounding = discover.method("roundings", options.rounding)
     counts = context.rows(site.name) if getattr(rounding, "ROWS", False) else None
