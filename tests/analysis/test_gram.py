@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from flyweight.analysis import _patches, gram
-from flyweight.analysis.gram import crosses, grams
+from flyweight.analysis.gram import both, crosses, grams
 from flyweight.errors import DataError, ModelError, UsageError
 
 pytestmark = [
@@ -304,3 +305,28 @@ def test_models_that_call_a_site_otherwise_are_refused() -> None:
             ModelError, match=r"call a site alike, got other inputs in examples\[0\] \(at layer a\)"
         ):
             crosses(original, model, ["a"], examples(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), CONVOLUTIONS[:1] + CONVOLUTIONS[8:9], ids=lambda value: type(value).__name__
+)
+def test_both_at_once_are_what_each_is_by_itself(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    original = Module(lambda self, x: (self.a(x), self.b(x)), a=layer, b=copy.deepcopy(layer))
+    model = Module(lambda self, x: (self.a(x + 0.2 * x.sin()), self.b(x)), a=layer, b=original.b)
+    given = examples(*shape)
+    own, cross = both(original, model, ["a", "b"], given)
+    for path in "ab":
+        assert torch.equal(own[path], grams(model, [path], given)[path])
+        assert torch.equal(cross[path], crosses(original, model, [path], given)[path])
+    assert not torch.allclose(own["a"], cross["a"], rtol=1e-2)
+
+
+def test_both_share_where_both_models_read_one_tensor() -> None:
+    model, given = (
+        Module(lambda self, x: self.a(x) + self.b(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3)),
+        examples(5, 4),
+    )
+    own, cross = both(model, copy.deepcopy(model), ["a", "b"], given)
+    assert own["a"] is own["b"]
+    assert cross["a"] is cross["b"]

@@ -187,10 +187,17 @@ def test_dead_inputs_keep_their_target_under_drift() -> None:
     assert torch.equal(target[:, 3], weight[:, 3])
 
 
-def test_drift_needs_the_cross_matrix() -> None:
-    weight = torch.randn(4, 8)
-    with pytest.raises(DataError, match="the cross matrix of original and new inputs must be known"):
-        error_feedback.pick(weight, symmetric(weight), seen(gram(8)), Options(drift=0.5))
+def test_without_a_cross_matrix_nothing_has_drifted() -> None:
+    weight = torch.randn(4, 8, generator=random(13))
+    _, target = error_feedback.feed_back(weight, symmetric(weight), seen(gram(8)), Options(drift=1.0))
+    assert torch.equal(target, weight)
+
+
+@pytest.mark.parametrize("cross", [torch.ones(8, 7), torch.full((8, 8), float("nan"))])
+def test_a_cross_matrix_that_cannot_be_used_is_refused(cross: torch.Tensor) -> None:
+    weight = torch.randn(4, 8, generator=random(13))
+    with pytest.raises(DataError, match="the cross matrix of original and new inputs must"):
+        error_feedback.pick(weight, symmetric(weight), Seen(gram=gram(8), cross=cross), Options(drift=0.5))
 
 
 @pytest.mark.parametrize(

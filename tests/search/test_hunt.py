@@ -143,14 +143,14 @@ def test_a_broken_bound_that_no_sparing_mends_is_left() -> None:
 def test_what_cannot_win_is_not_scored() -> None:
     """Slower than the original, or than what keeps the bound already; the time for alternatives is used up here."""
     world = World(
-        {"float32": 3.0, "slow": 0.5, "slower than the best": 2.0},
+        {"float32": 3.0, "slow": 0.9, "slower than the best": 2.0},
         {"slow": EVEN, "slower than the best": EVEN},
     )
     world.patience = 7
     hunt = world.hunt()
     assert world.scored == ["float32"]
     reasons = {c.name: t.reason for c, t in hunt.trials.items()}
-    assert reasons["slow"] == "not faster than the original: 0.50 x"
+    assert reasons["slow"] == "not faster than the original: 0.90 x"
     assert (
         reasons["slower than the best"] == "2.00 x, and float32 on torch reaches 3.00 x within the contract"
     )
@@ -227,7 +227,29 @@ def test_the_search_ends_in_time_whenever_that_is(patience: int) -> None:
     for candidate in hunt.surveys:
         assert candidate in hunt.trials or candidate.spared
     if patience == 0:
-        assert hunt.trials == {}
+        assert {trial.state for trial in hunt.trials.values()} == {"skipped"}
+
+
+def test_half_of_the_time_is_kept_for_scoring() -> None:
+    names = {"float32": 1.2, **{f"way {i}": 2.0 + i for i in range(10)}}
+    world = World(names, {f"way {i}": EVEN for i in range(10)}, patience=8)
+    hunt = world.hunt()
+    assert len(world.surveyed) == 5
+    assert world.scored
+    reasons = {c.name: t.reason for c, t in hunt.trials.items()}
+    assert reasons["way 9"] == "the time was used up before it could be timed"
+
+
+def test_a_runtime_that_is_much_slower_is_given_up_for_all_that_it_would_run_alike() -> None:
+    names = {"float32": 1.2, **{f"way {i}": 0.3 for i in range(4)}}
+    world = World(names, {f"way {i}": EVEN for i in range(4)})
+    hunt = world.hunt()
+    assert world.surveyed == ["float32", "way 0"]
+    assert {c.name for c, t in hunt.trials.items() if "much slower" in t.reason} == {
+        "way 1",
+        "way 2",
+        "way 3",
+    }
 
 
 def test_an_interval_that_cannot_tell_keeps_the_bound_open() -> None:

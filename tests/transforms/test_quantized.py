@@ -193,3 +193,18 @@ def test_code_that_reads_the_weight_gets_the_decoded_one() -> None:
     x = torch.randn(2, 16)
     assert torch.allclose(functional.linear(x, layer.weight, layer.bias), layer(x), atol=1e-6)
     assert isinstance(layer, QuantizedLayer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_plain_layer_computes_the_same_to_the_bit(dtype: torch.dtype) -> None:
+    layer = seeded(lambda: nn.Conv2d(4, 6, 3, groups=2)).to(dtype)
+    found = quantized(layer, "conv")
+    x = torch.randn(2, 4, 5, 5, generator=torch.Generator().manual_seed(4)).to(dtype)
+    assert type(found.plain()) is nn.Conv2d
+    assert torch.equal(found.plain()(x), found(x))
+    assert found.inner._parameters["weight"] is None
+
+
+def test_a_layer_that_rounds_its_inputs_has_no_plainer_one() -> None:
+    layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear").dynamic()
+    assert layer.plain() is layer

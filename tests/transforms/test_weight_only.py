@@ -61,6 +61,10 @@ def test_levels_go_from_gentle_to_small(layer: nn.Module) -> None:
         (nn.Conv2d(16, 4, 2), {"group": 64}, None),
         (nn.Embedding(5, 32), {}, None),
         (
+            nn.Conv2d(8, 8, 3, groups=2), {"code": "entropy", "rounding": "waterfilling", "level": 0.1},
+            "waterfilling takes layers whose output channels all read the same inputs",
+        ),
+        (
             nn.Embedding(5, 32), {"rounding": "error_feedback"},
             "embeddings have no inputs that error_feedback could learn from; round to nearest",
         ),

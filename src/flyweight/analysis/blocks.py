@@ -59,6 +59,8 @@ class Stream:
 class _Run:
     """How a module ran in one pass."""
 
+    home: str
+    """The path of what holds the list or sequence that it is in, or the list that is in, and so on."""
     calls: int = 0
     begun: int = 0
     ended: int = 0
@@ -73,10 +75,10 @@ class _Stop(BaseException):
 def blocks(model: nn.Module, example: Batch) -> Chain | None:
     """The chain that divides a model in eval mode best, or None where there is none that can be run by itself.
 
-    Its modules are children of lists or sequences, run once each, in order, and take the output of the one before, or its
-    first element, as it is. Of all such chains it is the one with the largest sum of square roots of parameters: many
-    blocks, and much in them. A chain is refused where running the blocks one by one gives another output than the model
-    does, as with a cache that remembers earlier calls.
+    Its modules are children of one module's lists and sequences, run once each, in order, and take the output of the one
+    before, or its first element, as it is. Of all such chains it is the one with the largest sum of square roots of
+    parameters: many blocks, and much in them. A chain is refused where running the blocks one by one gives another output
+    than the model does, as with a cache that remembers earlier calls.
     """
     chain = _heaviest(model, _runs(model, example))
     return chain if chain is not None and _repeats(model, chain, example) else None
@@ -134,7 +136,7 @@ def reach(block: nn.Module, arguments: Arguments, state: torch.Tensor, paths: Co
 def _runs(model: nn.Module, example: Batch) -> dict[str, _Run]:
     """How those children of lists and sequences run that run once in a pass."""
     found = {
-        f"{path}.{name}".lstrip("."): _Run()
+        f"{path}.{name}".lstrip("."): _Run(_home(model, path))
         for path, module in model.named_modules()
         if isinstance(module, _CONTAINERS)
         for name, _ in module.named_children()
@@ -153,6 +155,13 @@ def _runs(model: nn.Module, example: Batch) -> dict[str, _Run]:
     return {path: one for path, one in found.items() if one.calls == 1}
 
 
+def _home(model: nn.Module, path: str) -> str:
+    """The path itself, or of the nearest module around it that is neither list nor sequence; in the end the model's."""
+    while path and isinstance(model.get_submodule(path), _CONTAINERS):
+        path = path.rpartition(".")[0]
+    return path
+
+
 def _heaviest(model: nn.Module, runs: Mapping[str, _Run]) -> Chain | None:
     """The chain with the largest sum of square roots of parameters."""
     best: dict[str, tuple[float, tuple[str, ...]]] = {}
@@ -166,8 +175,8 @@ def _heaviest(model: nn.Module, runs: Mapping[str, _Run]) -> Chain | None:
 
 
 def _follows(first: _Run, second: _Run) -> bool:
-    """Whether the second began after the first had ended, and was given what the first gave, unchanged."""
-    return first.ended < second.begun and _same(first.gave, second.given)
+    """Whether the second began after the first had ended, in the same place, and was given what the first gave, unchanged."""
+    return first.home == second.home and first.ended < second.begun and _same(first.gave, second.given)
 
 
 def _repeats(model: nn.Module, chain: Chain, example: Batch) -> bool:

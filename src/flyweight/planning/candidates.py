@@ -16,7 +16,7 @@ from flyweight.transforms import _options
 
 LOW_BITS = (4, 3)
 """Widths below 8 bits that are tried; fewer break any sensible contract without training."""
-LOSSES = (0.003, 0.01, 0.03, 0.1, 0.3)
+LOSSES = (0.01, 0.03, 0.1, 0.3)
 """What Huffman-coded weights may add to the model's loss (nats) by prediction; what they do is measured."""
 _ORIGINAL = "float32"
 BASELINE = "torch"
@@ -73,10 +73,10 @@ def families(model: nn.Module, sites: Sequence[Site], goal: Goal) -> list[Family
     """The ways to treat a model worth trying for a goal; the first leaves it alone."""
     stored = _steps(model, sites, "weight_only", {})
     found = [Family(_ORIGINAL), Family("int8 weights", stored)]
-    if goal.minimize != "latency":
-        found += _low_bit(model, sites, stored)
     if goal.minimize == "size":
         found += _entropy(model, sites, stored)
+    if goal.minimize != "latency":
+        found += _low_bit(model, sites, stored)
     found += _int8(model, sites, stored)
     return [family for family in found if family.steps or family.name == _ORIGINAL]
 

@@ -19,6 +19,6 @@ class Seen:
     gram: torch.Tensor | None = None
     """(I, I) mean of x x^T."""
     cross: torch.Tensor | None = None
-    """(I, I) mean of x_original x^T, x_original being the input of the same example in the original model."""
+    """(I, I) mean of x_original x^T, x_original being the same example's input in the original model; None: it is x."""
     rows: torch.Tensor | None = None
     """(O,) importance of each output channel. Roundings that treat each channel by itself have no use for it."""

@@ -40,7 +40,7 @@ class Options:
     """Of error feedback: inputs with the largest mean square first."""
     damping: float = 0.01
     """Of error feedback: share of the mean diagonal added to the Gram matrix's diagonal, in [0, 1]."""
-    drift: float = 0.0
+    drift: float = 0.5
     """Of error feedback: share of the earlier layers' changes that this layer makes up for, in [0, 1]."""
 
     def __post_init__(self) -> None:
@@ -52,8 +52,8 @@ class Options:
 def pick(weight: torch.Tensor, grid: Grid, seen: Seen, options: Options) -> tuple[torch.Tensor, Grid]:
     """The int16 integers (O, I) of a weight (O, I) by coordinate descent, and the grid, with other scales when refitted.
 
-    Raises DataError when seen.gram, or with drift seen.cross, is missing or not finite, ModelError or UsageError for a weight
-    or grid that cannot be used.
+    Raises DataError when seen.gram is missing, or it or seen.cross is not finite or misshapen, ModelError or UsageError for a
+    weight or grid that cannot be used.
     """
     integers, target = error_feedback.feed_back(weight, grid, seen, _start(options))
     gram = sound_gram(seen, target)

@@ -45,8 +45,8 @@ class Options:
     """Inputs with the largest mean square first, while most columns are left to make up for them."""
     damping: float = 0.01
     """Added to the Gram matrix's diagonal, as a share of its mean, in [0, 1]; more where the matrix is singular."""
-    drift: float = 0.0
-    """Share of the earlier layers' changes that this layer makes up for, in [0, 1]; above 0 needs Seen.cross."""
+    drift: float = 0.5
+    """Share of the earlier layers' changes that this layer makes up for, in [0, 1], where Seen.cross tells of them."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -57,8 +57,8 @@ class Options:
 def pick(weight: torch.Tensor, grid: Grid, seen: Seen, options: Options) -> tuple[torch.Tensor, Grid]:
     """The int16 integers (O, I) of a weight (O, I) by error feedback, and the grid as it came.
 
-    Raises DataError when seen.gram, or with drift seen.cross, is missing or not finite, ModelError or UsageError for a weight
-    or grid that cannot be used.
+    Raises DataError when seen.gram is missing, or it or seen.cross is not finite or misshapen, ModelError or UsageError for a
+    weight or grid that cannot be used.
     """
     return feed_back(weight, grid, seen, options)[0], grid
 
@@ -82,9 +82,9 @@ def target_of(
 ) -> torch.Tensor:
     """What a weight (O, I) is rounded towards: itself, or with drift what makes up for changes before the layer.
 
-    Raises DataError when there is drift and seen.cross is missing or not finite.
+    Raises DataError when there is drift and seen.cross is misshapen or not finite.
     """
-    if drift <= 0:
+    if drift <= 0 or seen.cross is None:
         return weight
     return weight + drift * _correction(weight, gram, sound_cross(seen, weight), factor)
 

@@ -16,6 +16,10 @@ from flyweight.planning import choose
 from flyweight.planning.candidates import Candidate, Family, sensitivity
 from flyweight.records import Goal, Measured, Site, Trial
 
+LOOKING = 0.5
+"""Share of the time after which no further uniform candidate is timed: there must be some left to score them."""
+MUCH_SLOWER = 0.7
+"""Speed, the original's being 1, below which a way to run weights is given up, however the weights are stored."""
 REPAIRS = 5
 """Evaluations spent on repairing one family."""
 ALTERNATIVES = 2
@@ -47,10 +51,7 @@ class Hunt:
 
     def run(self, candidates: Sequence[Candidate]) -> None:
         """Search; what was found is in `trials`."""
-        for candidate in candidates:
-            if not self._may_go_on():
-                break
-            self.surveys[candidate] = self.tools.survey(candidate)
+        self._look(candidates)
         order = sorted(self.surveys, key=self._gain, reverse=True)
         safe = next((c for c in order if exact(c.family.plan(())) and not self.surveys[c].failure), None)
         for candidate in ([safe] if safe else []) + order:
@@ -60,6 +61,24 @@ class Hunt:
             if self._worth_repair(candidate):
                 self._mend(candidate)
         self._alternatives(order)
+
+    def _look(self, candidates: Sequence[Candidate]) -> None:
+        """Survey candidates, as many as a share of the time allows; what its likes were much too slow for is left out."""
+        slow: set[tuple[str, frozenset[str]]] = set()
+        for candidate in candidates:
+            kind = (candidate.runtime, candidate.family.methods)
+            if kind in slow:
+                self.trials[candidate] = self.tools.skip(
+                    candidate, f"weights stored otherwise were much slower on {candidate.runtime} already"
+                )
+            elif not self._may_go_on() or (self.surveys and self.tools.time_used() > LOOKING):
+                self.trials[candidate] = self.tools.skip(
+                    candidate, "the time was used up before it could be timed"
+                )
+            else:
+                survey = self.surveys[candidate] = self.tools.survey(candidate)
+                if not survey.failure and survey.speedup_high < MUCH_SLOWER:
+                    slow.add(kind)
 
     @property
     def best(self) -> Measured | None:

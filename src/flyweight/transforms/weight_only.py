@@ -158,7 +158,8 @@ def _seen(site: Site, context: Context, energy: torch.Tensor | None, options: Op
             way_out="round it to nearest",
         )  # fmt: skip
     cross = context.cross(site.name)
-    grams, crosses = _parts(gram), _parts(gram if cross is None else cross)
+    grams = _parts(gram)
+    crosses = [None] * len(grams) if cross is None else _parts(cross)
     rounding = discover.method("roundings", options.rounding)
     counts = context.rows(site.name) if getattr(rounding, "ROWS", False) else None
     rows = [None] * len(grams) if counts is None else counts.chunk(len(grams))
