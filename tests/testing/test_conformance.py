@@ -178,8 +178,11 @@ def test_a_transform_that_breaks_its_promise_is_found(
     changes: dict[str, Any], check: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = SimpleNamespace(**{**vars(weight_only), **changes})
+    if "Options" in changes:
+        del bad.read
     known = MappingProxyType({**discover.methods("transforms"), "bad": bad})
-    monkeypatch.setattr(discover, "methods", lambda _: known)
+    real = discover.methods
+    monkeypatch.setattr(discover, "methods", lambda folder: known if folder == "transforms" else real(folder))
     cells = list(check_transform("bad", some("mlp")))
     assert any(cell.name == check and cell.state == "failed" for cell in cells), list(map(str, cells))
     assert failures(cells)

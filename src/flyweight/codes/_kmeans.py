@@ -36,7 +36,8 @@ def centres(numbers: torch.Tensor, counts: torch.Tensor | None, k: int) -> torch
     """
     ordered = _ordered(numbers, counts)
     bins = min(_BINS, numbers.shape[1], math.isqrt(int(_WORK / (len(numbers) * k))))
-    if bins < 1.5 * k:  # joining few of them would leave cells of very different size
+    whole = k < numbers.shape[1] == bins  # a bin for each number
+    if bins < 1.5 * k and not whole:  # joining few of them would leave cells of very different size
         bins = k
     label = _labels(ordered, bins)
     sums = torch.stack([_binned(part, label, bins) for part in _parts(ordered)])  # (3, P, bins)

@@ -16,6 +16,12 @@ _SHRINKS = torch.linspace(1.0, 0.5, 26)
 """Factors tried on a range when searching the one with the least squared error."""
 
 
+def misfit(module: nn.Module, kind: str) -> str | None:
+    """Why a layer's weight cannot be 8-bit integers per output channel, or None."""
+    outputs, inputs = rows(module, kind).shape
+    return integer.refuse(outputs, inputs, integer.Options())
+
+
 def int8(module: nn.Module, kind: str, *, reduced: bool, input_scale: float | None = None) -> QuantizedLayer:
     """A copy of a layer with its weight as 8-bit integers, one scale per output channel, which covers all of it.
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
-from flyweight.transforms._int8 import int8
+from flyweight.transforms._int8 import int8, misfit
 from flyweight.transforms._quantized import QuantizedLayer
 
 
@@ -36,7 +36,7 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
         return "it is quantized already"
     if site.kind != "linear":
         return "dynamic ranges are for linear layers; use static_int8"
-    return None
+    return misfit(module, site.kind)
 
 
 def closeness(options: Options) -> float:

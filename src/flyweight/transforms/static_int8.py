@@ -13,7 +13,7 @@ from torch import nn
 
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
-from flyweight.transforms._int8 import activation_grid, int8
+from flyweight.transforms._int8 import activation_grid, int8, misfit
 from flyweight.transforms._options import require
 from flyweight.transforms._quantized import QuantizedLayer
 
@@ -43,7 +43,9 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None."""
     if isinstance(module, QuantizedLayer):
         return "it is quantized already"
-    return "embeddings have no input range; use weight_only" if site.kind == "embedding" else None
+    if site.kind == "embedding":
+        return "embeddings have no input range; use weight_only"
+    return misfit(module, site.kind)
 
 
 def closeness(options: Options) -> float:
