@@ -16,7 +16,7 @@ from flyweight.transforms import _options
 
 LOW_BITS = (4, 3)
 """Widths below 8 bits that are tried; fewer break any sensible contract without training."""
-LOSSES = (0.01, 0.03, 0.1, 0.3)
+LOSSES = (0.01, 0.1, 0.3, 1.0)
 """What Huffman-coded weights may add to the model's loss (nats) by prediction; what they do is measured."""
 _ORIGINAL = "float32"
 BASELINE = "torch"
