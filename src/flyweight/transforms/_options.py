@@ -49,12 +49,6 @@ def plain(options: Any) -> dict[str, JSON]:
     return changed
 
 
-def require(holds: bool, name: str, rule: str, got: object) -> None:
-    """Raise UsageError unless the rule for an option holds."""
-    if not holds:
-        raise UsageError(f"{name} must be {rule}", got=repr(got), where=name)
-
-
 def _fits(value: object, kind: Any) -> bool:
     if isinstance(kind, UnionType):
         return any(_fits(value, part) for part in kind.__args__)

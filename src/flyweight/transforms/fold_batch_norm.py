@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from flyweight.codes._options import require
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
-from flyweight.transforms._options import require
 from flyweight.transforms._quantized import QuantizedLayer
 
 

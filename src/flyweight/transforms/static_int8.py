@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from flyweight.codes._options import require
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
 from flyweight.transforms._int8 import activation_grid, int8, misfit
-from flyweight.transforms._options import require
 from flyweight.transforms._quantized import QuantizedLayer
 
 RANGES = ("minmax", "percentile", "mse")
