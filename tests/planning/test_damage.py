@@ -7,9 +7,10 @@ import torch
 from planning.made import steps
 from torch import nn
 
+from flyweight.analysis import fisher, gram
 from flyweight.analysis.sites import analyse
 from flyweight.inputs.check import digest
-from flyweight.planning.damage import damages
+from flyweight.planning.damage import damages, predicted
 from flyweight.records import Plan
 from flyweight.transforms import Context, apply
 
@@ -70,3 +71,26 @@ def test_a_step_that_fails_leaves_the_model_whole(model: nn.Sequential) -> None:
     with pytest.raises(RuntimeError, match="changed"):
         damages(fragile, found.sites, steps("0"), Context(found.statistics), [DATA], seconds=60)
     assert type(fragile[0]) is nn.Linear
+
+
+def test_predicted_damage_is_half_the_weighed_square_of_the_outputs_change(model: nn.Sequential) -> None:
+    found, names = analyse(model, [DATA]), ["0", "2"]
+    grams, rows = gram.grams(model, names, [DATA]), fisher.fisher(model, names, [DATA], seed=0)
+    context = Context(found.statistics, gram=grams.get, rows=rows.get)
+    for site in found.sites:
+        step = steps(site.name, bits=4, group=32, symmetric=False)[site.name]
+        layer = apply(model, Plan((step,)), found.sites, context).get_submodule(site.name)
+        with torch.no_grad():
+            inputs = DATA if site.name == "0" else model[1](model[0](DATA))
+            change = inputs @ (layer.weight - model.get_submodule(site.name).weight).T  # type: ignore[operator]
+        slow = sum(
+            float(rows[site.name][o]) * float(change[:, o].square().mean()) / 2
+            for o in range(change.shape[1])
+        )
+        assert predicted(model, site, step, context) == pytest.approx(slow, rel=1e-4)
+
+
+def test_nothing_is_predicted_where_nothing_was_seen(model: nn.Sequential) -> None:
+    found = analyse(model, [DATA])
+    step = steps("0", bits=4, group=32, symmetric=False)["0"]
+    assert predicted(model, found.sites[0], step, Context(found.statistics)) is None

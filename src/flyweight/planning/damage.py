@@ -6,17 +6,20 @@ Language Model Quantization via the Linearity Theorem", arXiv 2411.17525, 2024);
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
-from flyweight import discover
+from flyweight import discover, transforms
 from flyweight.evaluation.bench import deviation
 from flyweight.inputs.check import run
 from flyweight.records import Batch, Site, Step
 from flyweight.transforms import Context, _options
+from flyweight.transforms._quantized import is_transposed
 
 EXAMPLES = 4
 
@@ -54,13 +57,37 @@ def damages(
     return found
 
 
+def predicted(model: nn.Module, site: Site, step: Step, context: Context) -> float | None:
+    """What a weight's change adds to the model's loss, by the matrices of the context; None where they do not tell.
+
+    Half of the sum over output channels o of f_o (w' - w)^T H (w' - w), with H the Gram matrix of the inputs and f the
+    importance of the outputs: the Kullback-Leibler divergence to second order, in nats a prediction. NaN counts as infinite.
+    """
+    gram, rows = context.gram(site.name), context.rows(site.name)
+    if gram is None or rows is None:
+        return None
+    method = discover.method("transforms", step.method)
+    options = _options.read(method, step.options, step.site)
+    new = method.replace(model, site, options, context)[site.name]
+    change = new.weight.detach().float() - model.get_submodule(site.name).get_parameter("weight").detach()
+    change = change.T if is_transposed(model.get_submodule(site.name), site.kind) else change.flatten(1)
+    parts = zip(
+        change.chunk(len(gram)) if gram.ndim == 3 else [change],
+        gram.reshape(-1, *gram.shape[-2:]),
+        strict=True,
+    )
+    squares = torch.cat([((part @ matrix) * part).sum(1) for part, matrix in parts])
+    loss = float((squares.double() * rows.double()).sum()) / 2
+    return loss if loss == loss else math.inf
+
+
 @contextmanager
 def _changed(model: nn.Module, site: Site, step: Step, context: Context) -> Iterator[None]:
     """The model with one step applied in place, for as long as the context lasts."""
     method = discover.method("transforms", step.method)
     options = _options.read(method, step.options, step.site)
-    old = {path: model.get_submodule(path) for path in (site.name,)}
-    new = method.replace(model, site, options, context)
+    old = {path: model.get_submodule(path) for path in site.paths}
+    new = transforms.with_tied(model, site, method.replace(model, site, options, context))
     places = [
         (path, module)
         for path, module in model.named_modules(remove_duplicate=False)
