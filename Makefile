@@ -2,7 +2,7 @@
 #   make demo      fit a sentence encoder to "at most 1 % worse, as fast as possible"; the answer is in out/minilm
 #   make test      lint, check types and run the tests          make quick  the same without the tests marked heavy
 #   make exhaustive  the same with every method on every model of the zoo
-#   make lint      lint and check types                          make peers  the environment of the benchmarks
+#   make lint      lint and check types                          make peers  the environments of the benchmarks
 #   make clean     remove what these made, the environments too
 PYTHON ?= python3
 WORKERS ?= 2
@@ -10,7 +10,11 @@ SOURCES := src examples tests benchmarks
 SPECS := pyproject.toml constraints.txt
 # One thread for each worker: workers that use all cores each would wait for one another.
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS)
-PEERS := nncf torchao onnxruntime openvino torch
+PEERS := hqq nncf onnxruntime openvino optimum-quanto torch torchao
+# Peers that need other versions than the rest, each in an environment of its own.
+APART := autoround llmcompressor
+PEER_autoround := auto-round torch
+PEER_llmcompressor := llmcompressor torch
 
 .PHONY: demo test quick exhaustive lint peers clean check-python
 
@@ -32,7 +36,7 @@ lint: .venv/.installed
 	.venv/bin/ruff format --check $(SOURCES)
 	.venv/bin/mypy
 
-peers: .venv-peers/.installed
+peers: .venv-peers/.installed $(APART:%=.venv-peers-%/.installed)
 
 # A stamp: nothing is installed again while pyproject.toml and the constraints stay as they are.
 .venv/.installed: $(SPECS) | check-python
@@ -43,6 +47,11 @@ peers: .venv-peers/.installed
 .venv-peers/.installed: pyproject.toml benchmarks/peers-constraints.txt | check-python
 	$(call environment,.venv-peers)
 	.venv-peers/bin/python -m pip install --quiet --constraint benchmarks/peers-constraints.txt --editable ".[all]" $(PEERS)
+	@touch $@
+
+$(APART:%=.venv-peers-%/.installed): .venv-peers-%/.installed: benchmarks/peers-%-constraints.txt | check-python
+	$(call environment,.venv-peers-$*)
+	.venv-peers-$*/bin/python -m pip install --quiet --constraint $< $(PEER_$*)
 	@touch $@
 
 define environment
@@ -57,5 +66,5 @@ check-python:
 	  echo "Give another one: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 1; }
 
 clean:
-	rm -rf .venv .venv-peers out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/flyweight.egg-info
+	rm -rf .venv .venv-peers $(APART:%=.venv-peers-%) out build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis src/flyweight.egg-info
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -116,11 +116,24 @@ def test_a_dry_run_writes_nothing(task: str, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.parametrize(
-    "command", ["", "optimize", "profile", "apply", "evaluate", "verify", "report", "doctor"]
+    "command", ["", "optimize", "profile", "apply", "evaluate", "stream", "verify", "report", "doctor"]
 )
 def test_help_is_there_for_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert f"usage: flyweight {command}".strip() in capsys.readouterr().out
+
+
+def test_a_language_model_is_streamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written(tmp_path / "model", hidden_size=32, max_position_embeddings=256)
+    (tmp_path / "text.txt").write_text(prose(4000))
+    given = ["stream", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--windows", "2"]
+    assert main([*given, "--rounding", "nearest", "-o", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr()
+    assert "14 layers of 2 blocks" in said.out
+    assert "model.layers.1" in said.err
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert main([*given, "--group", "x", "-o", str(tmp_path / "other")]) == 2
+    assert "a whole number, got 'x' (at --group)" in capsys.readouterr().err
 
 
 @pytest.mark.heavy

@@ -23,6 +23,7 @@ from flyweight.inputs.task_file import read_task
 from flyweight.optimize import optimize, read_result
 from flyweight.records import OBJECTIVES, Goal, Plan, Task
 from flyweight.report import _words, terminal
+from flyweight.streaming import command as streaming
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 _RECIPE_BYTES = 10_000_000
@@ -53,7 +54,7 @@ def _guarded(argv: Sequence[str] | None) -> int:
             if isinstance(signalled, _Terminated)
             else (Interrupted.exit_code, "interrupted")
         )
-        return _end(f"{word}; what optimize had finished is kept: go on with optimize --resume", code)
+        return _end(f"{word}; what optimize or stream had finished is kept: go on with --resume", code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -225,6 +226,11 @@ def _folder_argument(command: _Parser) -> None:
     command.add_argument("folder", metavar="DIR", help="the folder")
 
 
+def _export_arguments(command: _Parser) -> None:
+    _folder_argument(command)
+    command.add_argument("-o", "--out", required=True, metavar="OUT", help="a new folder for the files")
+
+
 def _given_goal(given: Any) -> Goal:
     values = {"runtime": given.runtime, "seed": _seed(given.seed)}
     if hasattr(given, "max_drop"):
@@ -291,6 +297,16 @@ def _profile(given: Any) -> int:
     return 0
 
 
+def _stream(given: Any) -> int:
+    _say(streaming.run(given))
+    return 0
+
+
+def _export(given: Any) -> int:
+    _say(stages.export(Path(given.folder), Path(given.out)))
+    return 0
+
+
 def _verify(given: Any) -> int:
     _say(stages.verify(Path(given.folder)))
     return 0
@@ -343,6 +359,12 @@ _COMMANDS: dict[str, tuple[str, _Arguments, Callable[[Any], int]]] = {
     "profile": ("show the layers of a task's model: bytes, arithmetic, time", _profile_arguments, _profile),
     "apply": ("apply a recipe to a task's model and write the artifact", _apply_arguments, _apply),
     "evaluate": ("score and time a task's model, or an artifact of it", _evaluate_arguments, _evaluate),
+    "stream": (
+        "put a language model larger than memory into few bits, shard by shard",
+        streaming.arguments,
+        _stream,
+    ),
+    "export": ("write the plain files of an artifact for other tools", _export_arguments, _export),
     "verify": ("check an artifact to its last byte", _folder_argument, _verify),
     "report": ("write the report of a finished run again", _folder_argument, _report),
     "doctor": (

@@ -120,7 +120,7 @@ class Run:
             for name in set(names) - set(runtimes)
         ]
         if recipe is None:
-            found = families(model, self.session.analysis.sites, self.goal)
+            found = families(model, self.session.analysis.sites, self.goal, self.bench.context)
         else:
             plan, notes = self.session.completed(recipe)
             transforms.check(self.session.task.model, plan, self.session.analysis.sites)

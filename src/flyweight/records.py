@@ -110,6 +110,13 @@ class Site:
     """Bytes of those, as they come."""
     macs: int
     """Multiply-accumulates in one forward pass of the first example."""
+    tied: tuple[str, ...] = ()
+    """Paths of the other modules that hold the same weight: it is changed once, for all of them."""
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of all modules that hold the weight, its own first."""
+        return (self.name, *self.tied)
 
 
 @dataclass(frozen=True)

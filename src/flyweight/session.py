@@ -40,7 +40,7 @@ PACKAGES = (
     "onnx",
     "onnxruntime",
     "openvino",
-    "llama-cpp-python",
+    "xllamacpp",
 )
 
 
@@ -98,7 +98,8 @@ def runtimes(wanted: str) -> tuple[list[str], list[str]]:
         if reason:
             raise MachineError(f"the runtime {wanted} must be installed", got=reason)
         return [wanted], []
-    missing = {name: module.available() for name, module in known.items()}
+    tried = {name: module for name, module in known.items() if not hasattr(module, "ONLY_NAMED")}
+    missing = {name: module.available() for name, module in tried.items()}
     able = [name for name, reason in missing.items() if reason is None]
     return able, [f"{name} was not tried: {reason}" for name, reason in missing.items() if reason]
 

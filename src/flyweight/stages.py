@@ -14,6 +14,7 @@ from torch import nn
 from flyweight import discover, transforms
 from flyweight import session as sessions
 from flyweight.analysis.machine import machine
+from flyweight.artifact import export as exporting
 from flyweight.artifact import format as spec
 from flyweight.artifact.atomic import atomic_write_text
 from flyweight.artifact.load import load_module, load_predictor
@@ -54,7 +55,7 @@ def dry_run(task: Task, goal: Goal, recipe: Plan | None = None) -> str:
     names, missing = sessions.runtimes(goal.runtime)
     with _begun(task, goal) as session:
         model = session.bench.build(Plan(session.folds))
-        ways = families(model, session.analysis.sites, goal)
+        ways = families(model, session.analysis.sites, goal, session.bench.context)
         if recipe is not None:
             session.bench.build(session.completed(recipe)[0])
             ways = [Family("the recipe", {step.site: step for step in recipe.steps})]
@@ -149,6 +150,12 @@ def verify(folder: Path) -> str:
     ]
     lines += [f"{said.task} for {said.runtime}, {len(said.plan.steps)} steps; digest {found.digest}"]
     return "\n".join([*lines, *_said(found.notes)])
+
+
+def export(artifact: Path, folder: Path) -> str:
+    """Write the files that other tools of an artifact's runtime take to a new folder."""
+    sizes = exporting.export(artifact, folder)
+    return "\n".join(f"{folder / name}, {size:,} bytes" for name, size in sizes.items())
 
 
 def doctor() -> str:

@@ -66,6 +66,29 @@ def test_statistics_are_those_of_all_examples() -> None:
     assert sorted(seen.input.sample.tolist()) == sorted(every.flatten().tolist())
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv2d", "grouped", "conv1d"])
+def test_the_mean_of_what_weights_are_multiplied_with(kind: str) -> None:
+    """The reference lays out every patch."""
+    torch.manual_seed(0)
+    layer, shape = {
+        "linear": (nn.Linear(6, 3), (4, 5, 6)),
+        "conv2d": (nn.Conv2d(4, 6, (3, 2), stride=2, padding=(2, 1), dilation=(1, 2)), (3, 4, 9, 9)),
+        "grouped": (nn.Conv2d(4, 6, 3, padding="same", groups=2), (3, 4, 7, 7)),
+        "conv1d": (nn.Conv1d(4, 6, 5, padding=1), (3, 4, 12)),
+    }[kind]
+    data = [torch.randn(shape) + 0.5, torch.randn(shape)]
+    mean = analyse(nn.Sequential(layer).eval(), data).statistics["0"].mean
+    assert mean is not None
+    assert mean.shape == (2 if kind == "grouped" else 1, layer.weight[0].numel())
+    with torch.no_grad():
+        found = torch.cat([layer.double()(x.double()) for x in data])
+        wanted = (
+            found.flatten(0, -2).mean(0) if kind == "linear" else found.transpose(0, 1).flatten(1).mean(1)
+        )
+        weight = layer.weight.flatten(1).unflatten(0, (len(mean), -1))
+        assert torch.allclose((weight @ mean.double()[..., None]).flatten() + layer.bias, wanted, atol=1e-6)
+
+
 def test_energy_of_a_convolution_is_per_channel() -> None:
     x = torch.randn(3, 4, 5, 5)
     seen = analyse(nn.Sequential(nn.Conv2d(4, 2, 3)), [x]).statistics["0"]
@@ -113,15 +136,34 @@ def test_an_input_without_a_batch() -> None:
     assert torch.allclose(analyse(model, [x]).statistics["a"].energy, x[0].square())
 
 
-def tied() -> nn.Module:
-    model = Net(lambda self, x: self.b(self.a(x)), a=nn.Embedding(16, 16), b=nn.Linear(16, 16, bias=False))
-    model.b.weight = model.a.weight
+def together(forward: Callable[..., Any], **parts: nn.Module) -> nn.Module:
+    """A model whose parts hold one weight."""
+    model = Net(forward, **parts)
+    for part in parts.values():
+        part.weight = next(iter(parts.values())).weight
     return model
+
+
+class Turned(nn.Module):
+    """A linear layer whose weight is (inputs, outputs)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(16, 16)), nn.Parameter(torch.zeros(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x.flatten(0, -2), self.weight).reshape(x.shape)
 
 
 TOKENS, VECTORS, IMAGES = torch.randint(16, (2, 3)), torch.randn(2, 16), torch.randn(1, 3, 8, 8)
 LEFT = {
-    "tied": (tied, TOKENS, {"a": "tied with b", "b": "tied with a"}),
+    "tied otherwise": (lambda: together(lambda self, x: self.b(self.a(x)), a=nn.Embedding(16, 16), b=Turned()), TOKENS,
+                       {"a": "a and b read it in different ways", "b": "a and b read it in different ways"}),
+    "tied with idle": (lambda: together(lambda self, x: self.a(x), a=linear(), b=Turned()), VECTORS,
+                       {"a": "tied with that of b, which no example ran"}),
+    "tied and outside": (
+        lambda: together(lambda self, x: self.b(self.a(x)) @ self.a.weight, a=nn.Embedding(16, 16), b=linear()), TOKENS,
+        {"a": "also used by", "b": "also used by"}),
     "functional": (lambda: Net(lambda self, x: functional.linear(self.a(x), self.a.weight.t()), a=linear()), VECTORS,
                    {"a": "also used by t"}),
     "outside": (lambda: Net(lambda self, x: functional.linear(x, self.a.weight), a=linear()), VECTORS,
@@ -133,7 +175,6 @@ LEFT = {
     "attention": (lambda: Net(lambda self, x: self.a(x, x, x)[0], a=nn.MultiheadAttention(16, 2)), torch.randn(2, 3, 16),
                   {"a.out_proj": "multi_head_attention_forward"}),
     "no batch": (lambda: Net(lambda self, x: self.a(x[0])[None], a=nn.Conv2d(3, 4, 3)), IMAGES, {"a": "no batch dimension"}),
-    "bag": (lambda: nn.Sequential(nn.EmbeddingBag(16, 4)), TOKENS, {}),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), IMAGES, {}),
     "lstm": (lambda: Net(lambda self, x: self.a(x)[0], a=nn.LSTM(16, 4)), torch.randn(2, 3, 16), {}),
 }  # fmt: skip
@@ -188,7 +229,80 @@ def test_gpt2_s_own_linear_layers_are_sites() -> None:
     found = analyse(entry.build().eval(), list(entry.examples()))
     kinds = {site.name.split(".", 2)[-1]: site.kind for site in found.sites}
     assert kinds["0.attn.c_attn"] == kinds["1.mlp.c_proj"] == "linear"
-    assert any("lm_head stays as it is: its weight is tied" in note for note in found.notes)
+    head = next(site for site in found.sites if site.name == "lm_head")
+    assert head.tied == ("transformer.wte",)
+
+
+def test_modules_that_hold_one_weight_are_one_site() -> None:
+    model = together(
+        lambda self, x: self.c(self.b(self.a(x))), a=nn.Embedding(16, 16), b=linear(), c=nn.Linear(16, 16)
+    )
+    x = torch.randint(16, (2, 3))
+    found = analyse(model, [x])
+    site = found.sites[0]
+    assert len(found.sites) == 1
+    assert (site.name, site.kind, site.tied) == ("b", "linear", ("a", "c"))
+    assert site.parameters == 16 * 16 + 2 * 16  # the weight once, both biases
+    assert site.bytes == 4 * site.parameters == found.bytes
+    assert site.macs == 2 * (2 * 3 * 16 * 16)
+    assert any(
+        note == "b and a and c hold one weight: it is changed once, and stays tied" for note in found.notes
+    )
+    assert plain_site(model, "b").tied == site.tied
+    assert plain_site(model, "a").tied == ("b", "c")
+
+
+def test_a_shared_table_that_is_never_called_is_tied_all_the_same() -> None:
+    model = together(
+        lambda self, x: self.c(self.b(x)), a=nn.Embedding(16, 16), b=nn.Embedding(16, 16), c=linear()
+    )
+    found = analyse(model, [TOKENS])
+    assert [(site.name, site.tied) for site in found.sites] == [("c", ("a", "b"))]
+    assert not any("stays as it is" in note for note in found.notes)
+
+
+def test_statistics_of_a_tied_weight_are_of_all_products() -> None:
+    model = together(
+        lambda self, x: self.c(3 * self.b(self.a(x))), a=nn.Embedding(16, 16), b=linear(), c=linear()
+    )
+    x = torch.randint(16, (2, 3))
+    seen = analyse(model, [x]).statistics["b"]
+    with torch.no_grad():
+        first = model.a(x).reshape(-1, 16)
+        both = torch.cat((first, 3 * model.b(first)))
+    assert torch.allclose(seen.energy, both.square().mean(0), rtol=1e-5)
+    assert seen.input.high == pytest.approx(float(both.max()), rel=1e-5)
+    assert seen.calls == 2
+
+
+def test_a_table_of_bags_is_a_site_and_one_with_max_norm_is_none() -> None:
+    found = analyse(nn.Sequential(nn.EmbeddingBag(16, 4, mode="sum")), [TOKENS])
+    assert [(site.kind, site.macs, site.parameters) for site in found.sites] == [("embedding", 0, 64)]
+    limited = analyse(nn.Sequential(nn.EmbeddingBag(16, 4, max_norm=1.0)), [TOKENS])
+    assert not limited.sites
+    assert "max_norm" in limited.notes[0]
+
+
+def test_tied_lookups_alone_are_a_site_of_their_own() -> None:
+    model = together(lambda self, x: self.a(x) + self.b(x), a=nn.Embedding(16, 4), b=nn.Embedding(16, 4))
+    found = analyse(model, [TOKENS])
+    assert [(site.name, site.kind, site.tied, site.macs) for site in found.sites] == [
+        ("a", "embedding", ("b",), 0)
+    ]
+
+
+def test_convolutions_of_other_strides_are_one_site_and_of_other_groups_none() -> None:
+    x = torch.randn(1, 4, 9, 9)
+    same = together(lambda self, x: self.b(self.a(x)), a=nn.Conv2d(4, 4, 3), b=nn.Conv2d(4, 4, 3, stride=2))
+    assert analyse(same, [x]).sites[0].tied == ("b",)
+    other = together(
+        lambda self, x: self.a(torch.cat((x, x), 1)) + self.b(x),
+        a=nn.Conv2d(8, 8, 3, groups=2),
+        b=nn.Conv2d(4, 8, 3),
+    )
+    found = analyse(other, [x])
+    assert not found.sites
+    assert any("read it in different ways" in note for note in found.notes)
 
 
 def test_activations_that_are_not_finite_name_the_layer() -> None:

@@ -12,13 +12,15 @@ from architecture.source import ROOT, Module, imports, modules, outside
 
 LAYERS = (
     "inputs", "analysis", "codes", "roundings", "transforms", "training", "runtimes", "evaluation", "planning", "search",
-    "artifact", "report",
+    "artifact", "report", "streaming",
 )  # fmt: skip
 BASE = {"records", "errors", "discover", "_faults"}
 """What every folder may import."""
 TOP = {"session", "packing", "stages", "optimize", "cli", ""}
 """What stands on all folders; the root is the package itself."""
-OPTIONAL = ("llama_cpp", "gguf", "onnx", "onnxruntime", "onnxscript", "openvino", "transformers")
+OPTIONAL = (
+    "compressed_tensors", "gguf", "onnx", "onnxruntime", "onnxscript", "openvino", "transformers", "xllamacpp",
+)  # fmt: skip
 """Packages that may be missing; none is imported before a runtime that needs it is asked to prepare a model."""
 
 

@@ -79,8 +79,8 @@ TABLE: tuple[tuple[str, Callable[[Path], object], tuple[str, ...]], ...] = (
     ("A4 flipped manifest", flip("manifest.json", 30), ("manifest.json", "digest must match its content")),
     (
         "A5 newer format",
-        lambda folder: samples.resign(folder, lambda document: document.update(flyweight_artifact=4)),
-        ("reads artifacts up to format 3, got one written by format 4", "upgrade flyweight"),
+        lambda folder: samples.resign(folder, lambda document: document.update(flyweight_artifact=5)),
+        ("reads artifacts up to format 4, got one written by format 5", "upgrade flyweight"),
     ),
     (
         "A6 missing file",

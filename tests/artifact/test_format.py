@@ -224,7 +224,7 @@ def test_a_manifest_that_a_reader_would_refuse_is_not_written(
 def test_a_newer_format_asks_for_an_upgrade(folder: Path) -> None:
     samples.resign(folder, lambda document: document.update(flyweight_artifact=7, new_key=1))
     with pytest.raises(
-        ArtifactError, match=r"up to format 3, got one written by format 7 .*; upgrade flyweight"
+        ArtifactError, match=r"up to format 4, got one written by format 7 .*; upgrade flyweight"
     ):
         read(folder)
 

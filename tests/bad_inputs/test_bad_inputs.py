@@ -155,7 +155,7 @@ MODELS: tuple[Row, ...] = (
     ("M3 a weight of 1e38", dry("huge_weight"), 0, ("note: 2.weight holds values up to 1e+38",)),
     ("M4 no parameters", optimize("no_parameters"), 3, ("must have parameters, got none", "nothing to optimize")),
     ("M5 no layer to change", dry("no_layer"), 0, ("no layer can be changed", "parameters are in LayerNorm")),
-    ("M6 tied weights", dry("tied"), 0, ("0 stays as it is: its weight is tied with 2",)),
+    ("M6 tied weights", dry("tied"), 0, ("0 and 2 hold one weight: it is changed once, and stays tied",)),
     ("M7 a module called twice", dry("called_twice"), 0, ("0 runs 2 times in one pass",)),
     ("M8 a branch on values", dry("branching"), 0,
      ("the model cannot be traced", "two stays as it is: no example ran it")),

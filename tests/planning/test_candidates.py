@@ -9,9 +9,12 @@ from hypothesis import strategies as st
 from planning.made import site, steps
 from torch import nn
 
+from flyweight.analysis import fisher, gram
 from flyweight.analysis.sites import analyse
 from flyweight.planning.candidates import Candidate, Family, families, sensitivity, uniform
-from flyweight.records import Goal, Plan, Step
+from flyweight.records import Goal, Plan, Site, Step
+from flyweight.transforms import Context
+from flyweight.transforms.weight_only import nbytes
 
 FOLDS = [Step("fold_batch_norm", "a", {"norm": "n"})]
 
@@ -103,3 +106,41 @@ def test_options_are_written_as_a_plan_takes_them(goal: Goal) -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
     for family in families(model, analyse(model, [torch.ones(2, 32)]).sites, goal):
         assert Plan.from_json(family.plan(()).to_json()) == family.plan(())
+
+
+def known(model: nn.Module, example: torch.Tensor) -> tuple[tuple[Site, ...], Context]:
+    found = analyse(model, [example])
+    paths = [one.name for one in found.sites]
+    grams, rows = gram.grams(model, paths, [example]), fisher.fisher(model, paths, [example], seed=0)
+    return found.sites, Context(found.statistics, gram=grams.get, rows=rows.get)
+
+
+def test_bits_differ_from_layer_to_layer_where_harm_is_known() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)]
+    model, example = nn.Sequential(*layers).eval(), torch.randn(64, 64)
+    with torch.no_grad():
+        layers[2].weight *= 100  # its outputs are all 1 or -1, whatever its bits
+    sites, context = known(model, example)
+    found = {family.name: family for family in families(model, sites, Goal(minimize="memory"), context)}
+    mixed, low = found["int4 and int8 weights"], found["int4 weights"]
+    assert mixed.steps["2"] == low.steps["2"]
+    assert {step.options.get("bits", 8) for step in mixed.steps.values()} == {4, 8}
+    sizes = {
+        name: sum(nbytes(model.get_submodule(s.name), s, family.steps[s.name].options) for s in sites)
+        for name, family in found.items()
+        if name in ("int4 weights", "int8 weights", "int4 and int8 weights")
+    }
+    assert sizes["int4 weights"] < sizes["int4 and int8 weights"]
+    assert sizes["int4 and int8 weights"] <= (sizes["int4 weights"] + sizes["int8 weights"]) / 2
+
+
+def test_blocks_are_tried_where_a_weight_meets_few_inputs() -> None:
+    assert "int4 blocks, int8 inputs" in names(nn.Linear(64, 64), torch.ones(1, 64), Goal())
+    assert "int4 blocks, int8 inputs" not in names(nn.Linear(64, 64), torch.ones(128, 64), Goal())
+
+
+def test_inputs_are_rounded_by_row_in_a_family_of_its_own() -> None:
+    found = families(nn.Linear(64, 64), analyse(nn.Linear(64, 64), [torch.ones(8, 64)]).sites, Goal())
+    by_row = [family for family in found if "per row" in family.name]
+    assert [step.options["per_row"] for family in by_row for step in family.steps.values()] == [True]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 import sys
 
 import pytest
@@ -74,6 +75,14 @@ def test_the_time_left_never_exceeds_what_is_allowed(clock: Clock, monkeypatch: 
     assert "(about 2 min left)" in told[1]  # at that pace five more minutes, but only 150 s are allowed
     assert "(about 50 s left)" in told[2]
     assert "(about 0 s left)" in told[3]
+
+
+def test_without_a_limit_the_time_left_is_told_once_it_is_known(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = run(Stream(False), clock, monkeypatch, within=math.inf)
+    assert "(about 5 min left)" in told[1]
+    assert not [line for line in told if "inf" in line]
 
 
 def test_a_terminal_has_one_line_of_the_present(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,6 +212,20 @@ def test_dead_inputs_get_the_coarsest_step() -> None:
     assert torch.equal(integers[:, 2], _pulled(weight, grid, 2))
 
 
+def test_a_channel_beyond_the_largest_integer_leaves_the_others_their_steps() -> None:
+    weight = drawn(rows=256, inputs=64)
+    what = seen(gram(64))
+    level = 0.02 * float(weight.std())
+    _, plain = pick(weight, what, level=level)
+    weight[7] *= 50
+    integers, grid = pick(weight, what, level=level)
+    others = torch.arange(256) != 7
+    assert torch.equal(grid.columns, plain.columns)
+    assert torch.equal(grid.scales[others], plain.scales[others])
+    assert grid.scales[7] > plain.scales[7]
+    assert int(integers.abs().max()) <= entropy.LIMIT
+
+
 def _pulled(weight: torch.Tensor, grid: Grid, column: int) -> torch.Tensor:
     """A column that takes over nothing from the others."""
     assert grid.columns is not None

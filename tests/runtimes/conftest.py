@@ -6,5 +6,6 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def few_threads(one_thread: None) -> None:
+def few_threads(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test here runs small models."""
+    monkeypatch.setattr("flyweight.runtimes.llamacpp.cores", lambda: 1)

@@ -242,6 +242,42 @@ def test_a_quantized_embedding_that_is_tied_is_written_once(tmp_path: Path) -> N
     assert "output.weight" in values(opened(model, tmp_path / "m"))
 
 
+@pytest.mark.parametrize(("bits", "group", "symmetric"), FORMATS)
+def test_a_tied_embedding_comes_back_into_both(
+    bits: int, group: int | None, symmetric: bool, tmp_path: Path
+) -> None:
+    def tied(seed: int) -> nn.Module:
+        model = talker(tie_word_embeddings=True)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(seed)
+        options = integer.Options(bits=bits, group=group, symmetric=symmetric, scale="float16")
+        layer = stored(model.model.embed_tokens, options)
+        model.model.embed_tokens, model.lm_head = layer, layer.beside(model.lm_head, rounding=True)
+        return model
+
+    model, other = tied(1), tied(2)
+    reader = opened(model, tmp_path / "m")
+    found = {t.name: torch.from_numpy(np.array(t.data).reshape(_rows(t))) for t in reader.tensors}
+    assert "output.weight" not in found
+    load_state(other, state(other, found), {})
+    for path in ("model.embed_tokens", "lm_head"):
+        wanted, back = (m.get_submodule(path).encoded() for m in (model, other))
+        assert torch.equal(wanted[0], back[0])
+        assert torch.equal(wanted[1].scales, back[1].scales)
+    assert torch.equal(other(tokens()).logits, model(tokens()).logits)
+
+
+def test_a_tied_embedding_in_a_code_that_is_no_integers_is_refused_by_name(tmp_path: Path) -> None:
+    model, options = talker(tie_word_embeddings=True), palette.Options(bits=4)
+    weight = model.lm_head.weight.detach()
+    table = palette.fit(weight, options)
+    embedding = model.get_submodule("model.embed_tokens")
+    layer = QuantizedLayer(embedding, "palette", options, (table.nearest(weight), table), transposed=False)
+    model.model.embed_tokens, model.lm_head = layer, layer.beside(model.lm_head, rounding=True)
+    with pytest.raises(ModelError, match="evenly spaced integers, got the code palette"):
+        save(model, tmp_path / "m")
+
+
 def test_quantized_layers_know_their_rows() -> None:
     model = rounded(talker(), 8)
     assert sum(isinstance(m, QuantizedLayer) for m in model.modules()) == 14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -24,9 +25,8 @@ from flyweight.runtimes import llamacpp as runtime
 from flyweight.runtimes._gguf_model import save
 
 pytest.importorskip("transformers")
-installed = pytest.mark.skipif(
-    importlib.util.find_spec("llama_cpp") is None, reason="llama.cpp is not installed"
-)
+missing = runtime.available()
+installed = pytest.mark.skipif(missing is not None, reason=str(missing))
 EXAMPLES = [tokens(2, 9), tokens(1, 5)]
 FORMATS = [(8, 32, True, "Q8_0"), (4, 32, True, "Q4_0"), (4, 32, False, "Q4_1"), (8, None, True, "Q8_0")]
 
@@ -37,7 +37,8 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounded_activations_are_refused() -> None:
-    assert "activations" in str(runtime.refuse(frozenset({"dynamic_int8"})))
+    for method in ("block_int8", "dynamic_int8"):
+        assert "activations" in str(runtime.refuse(frozenset({method})))
     assert "activations" in str(runtime.refuse(frozenset({"static_int8", "weight_only"})))
     assert runtime.refuse(frozenset({"weight_only"})) is None
 
@@ -167,10 +168,12 @@ def test_llama_cpp_reads_texts_as_the_tokenizer_does(split: str, tmp_path: Path)
     model, tokenizer = talker(vocab_size=304), words(split)
     model.tokenizer = tokenizer
     runtime.prepare(model, EXAMPLES, tmp_path)
-    llama = runtime.Reader.open(tmp_path / "model.gguf", 64).llama
-    for text in (TEXT, "the  cat", "<user>12 ships</s>"):
-        assert llama.tokenize(text.encode(), add_bos=False, special=True) == tokenizer(text)["input_ids"]
-    assert llama.token_eos() == tokenizer.eos_token_id
+    llama = runtime.Reader.open(tmp_path / "model.gguf", 64).model
+    for text in (TEXT, "the  cat", "<user>12 ships</s>", ""):
+        assert llama.tokenize(text) == tokenizer(text)["input_ids"]
+    last = llama.library.llama_vocab_eos
+    last.argtypes = [ctypes.c_void_p]
+    assert last(llama.vocabulary) == tokenizer.eos_token_id
 
 
 @installed

@@ -30,4 +30,5 @@ def test_pictures_and_texts(method: str, tolerance: float, tmp_path: Path) -> No
 
 def test_dynamic_plans_are_refused() -> None:
     assert "slower" in str(runtime.refuse(frozenset({"dynamic_int8"})))
+    assert "float inputs" in str(runtime.refuse(frozenset({"block_int8", "weight_only"})))
     assert runtime.refuse(frozenset({"weight_only", "static_int8"})) is None

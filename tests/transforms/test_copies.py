@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from flyweight.transforms import Context, plain_site, weight_only
 from flyweight.transforms._copies import substitute, view
 
 
@@ -42,3 +43,17 @@ def test_a_view_can_change_its_mode_and_hooks_alone() -> None:
     seen[3].register_forward_hook(lambda *given: None)
     assert not model.training
     assert not model[3]._forward_hooks
+
+
+def test_a_bias_that_another_module_holds_stays_tied_when_its_layer_is_quantized() -> None:
+    model = nn.ModuleDict({"head": nn.Module(), "a": nn.Linear(8, 4), "b": nn.Linear(8, 4)})
+    model["head"].bias = model["a"].bias
+    model["head"].other = model["b"].bias
+    layer = weight_only.replace(model, plain_site(model, "a"), weight_only.Options(), Context())["a"]
+    changed = nn.Linear(8, 4)
+    found = substitute(model, {"a": layer, "b": changed})
+    assert found["a"].inner.bias is found["head"].bias
+    assert found["a"].inner.bias is not model["a"].bias
+    assert torch.equal(found["a"].bias, model["a"].bias)
+    assert found["b"].bias is changed.bias  # another value: its own
+    assert found["b"].bias is not found["head"].other

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from flyweight.analysis.sites import Range
+from flyweight.analysis.sites import Range, analyse
+from flyweight.transforms import Context, dynamic_int8, plain_site, static_int8
 from flyweight.transforms._int8 import activation_grid, int8
 
 
@@ -57,3 +58,87 @@ def test_no_scale_is_below_what_the_bias_needs() -> None:
     nn.init.constant_(layer.bias, 2.0)
     _, grid = int8(layer, "linear", reduced=False, input_scale=0.5).encoded()
     assert torch.allclose(grid.scales, torch.full((8, 1), 2.0 / (0.5 * 2**30)))
+
+
+def test_fewer_bits_have_fewer_points_over_the_same_range() -> None:
+    scale, zero = activation_grid(spread(-1.0, 3.0), "minmax", 15)
+    assert scale == pytest.approx(4 / 15)
+    assert zero == 4
+    values = torch.randn(20000, generator=torch.Generator().manual_seed(0))
+    seen = Range(float(values.min()), float(values.max()), values)
+    errors = {}
+    for method in ("minmax", "mse"):
+        scale, zero = activation_grid(seen, method, 15)
+        rounded = ((values / scale).round() + zero).clamp(0, 15).sub(zero).mul(scale)
+        errors[method] = float((rounded - values).square().mean())
+    assert errors["mse"] < 0.8 * errors["minmax"]
+
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(24, 6), (40, 24)),
+    "sequence": (lambda: nn.Linear(24, 6), (4, 10, 24)),
+    "conv": (lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1), (5, 4, 9, 9)),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, dilation=2, padding="same"), (5, 4, 9, 9)),
+    "depthwise": (lambda: nn.Conv1d(4, 4, 5, groups=4), (5, 4, 12)),
+}
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_corrected_bias_gives_the_mean_output_of_the_float_layer(name: str, reduced: bool) -> None:
+    """The reference is what both layers give, in float64, on the inputs that were seen."""
+    make, shape = LAYERS[name]
+    torch.manual_seed(0)
+    layer = make()
+    model = nn.Sequential(layer).eval()
+    data = [torch.rand(shape) + 0.3, torch.rand(shape) - 0.1]
+    analysis = analyse(model, data)
+    means = {}
+    for bias in ("keep", "correct"):
+        options = static_int8.Options(reduced=reduced, bias=bias)
+        found = static_int8.replace(model, analysis.sites[0], options, Context(analysis.statistics))["0"]
+        found.activations = "float"  # the rounding of weights alone
+        gaps = torch.cat(
+            [(found.plain().double()(x.double()) - layer.double()(x.double())).detach() for x in data]
+        )
+        layer.float()
+        others = [
+            d
+            for d in range(gaps.ndim)
+            if d != (1 if "conv" in type(layer).__name__.lower() else gaps.ndim - 1)
+        ]
+        means[bias] = float(gaps.mean(others).abs().max())
+    assert means["correct"] < 1e-6
+    assert means["correct"] < 0.01 * means["keep"]
+
+
+@pytest.mark.parametrize("method", [static_int8, dynamic_int8])
+def test_a_layer_without_bias_is_left_out_or_gets_one(method: object) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 4, bias=False)).eval()
+    analysis = analyse(model, [torch.rand(30, 16)])
+    site, context = analysis.sites[0], Context(analysis.statistics)
+    kinds = {
+        b: method.replace(model, site, method.Options(bias=b), context)["0"]
+        for b in ("keep", "correct", "add")
+    }  # type: ignore[attr-defined]
+    assert kinds["keep"].bias is None
+    assert kinds["correct"].bias is None
+    assert kinds["add"].bias.shape == (4,)
+    assert float(kinds["add"].bias.detach().abs().max()) > 0
+    rebuilt = method.replace(
+        model, plain_site(model, "0"), method.Options(bias="add"), Context(rebuilding=True)
+    )["0"]  # type: ignore[attr-defined]
+    assert set(rebuilt.state_dict()) == set(kinds["add"].state_dict())
+    assert float(rebuilt.bias.detach().abs().max()) == 0
+    assert model[0].bias is None
+
+
+def test_a_class_without_a_place_for_a_bias_is_refused() -> None:
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(16, 4))
+
+    reason = dynamic_int8.refuse(plain_site(Bare(), ""), dynamic_int8.Options(bias="add"), Bare())
+    assert reason == "its class has no place for a bias"

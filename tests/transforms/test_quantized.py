@@ -208,3 +208,52 @@ def test_the_plain_layer_computes_the_same_to_the_bit(dtype: torch.dtype) -> Non
 def test_a_layer_that_rounds_its_inputs_has_no_plainer_one() -> None:
     layer = quantized(seeded(lambda: nn.Linear(16, 4)), "linear").dynamic()
     assert layer.plain() is layer
+
+
+def tied_pair() -> tuple[QuantizedLayer, QuantizedLayer]:
+    embed, head = nn.Embedding(20, 16), nn.Linear(16, 20)
+    head.weight = embed.weight
+    layer = quantized(head, "linear").dynamic()
+    return layer, layer.beside(embed, rounding=False)
+
+
+def test_a_layer_beside_another_computes_with_the_same_stored_tensors() -> None:
+    head, embed = tied_pair()
+    assert all(head.get_buffer(name) is embed.get_buffer(name) for name in head.names)
+    assert torch.equal(embed(torch.arange(20)), head._decoded())
+    assert (head.activations, embed.activations) == ("dynamic", "float")
+    assert embed.bias is None
+    assert head.bias is not None
+    handle = head.register_forward_hook(lambda *_: pytest.fail("a hook of another layer ran"))
+    embed(torch.arange(3))
+    handle.remove()
+
+
+def test_what_is_rounded_for_one_layer_is_rounded_alike_beside_it() -> None:
+    first, second = nn.Linear(16, 20), nn.Linear(16, 20, bias=False)
+    second.weight = first.weight
+    layer = quantized(first, "linear").static((0.1, 7), (0.2, 3))
+    other = layer.beside(second, rounding=True)
+    x = torch.randn(3, 16)
+    assert torch.allclose(other(x) + first.bias, layer(x), atol=1e-6)
+    assert torch.equal(other.input_grid, layer.input_grid)
+
+
+@pytest.mark.parametrize("moved", [0, 1])
+def test_layers_share_their_weight_after_a_cast_of_either_or_of_both(moved: int) -> None:
+    pair = tied_pair()
+    pair[moved].double()
+    assert pair[0].scales is pair[1].scales
+    assert pair[0].scales.dtype == torch.float64
+    nn.ModuleList(pair).half()
+    assert pair[0].scales is pair[1].scales
+
+
+def test_a_copy_of_a_model_shares_within_itself_alone() -> None:
+    pair = nn.ModuleList(tied_pair())
+    twin = copy.deepcopy(pair)
+    assert twin[0].integers is twin[1].integers
+    assert twin[0].integers is not pair[0].integers
+    twin.double()
+    assert pair[0].scales.dtype == torch.float32
+    assert len({t.data_ptr() for k, t in twin.state_dict().items() if k.endswith("integers")}) == 1

@@ -15,7 +15,15 @@ from flyweight.errors import UsageError
 from flyweight.inputs.check import digest, run
 from flyweight.records import Batch, Plan, Step
 from flyweight.testing.zoo import ZOO, missing
-from flyweight.transforms import Context, QuantizedLayer, _sequential, apply, substitute, weight_only
+from flyweight.transforms import (
+    Context,
+    QuantizedLayer,
+    _sequential,
+    apply,
+    substitute,
+    weight_only,
+    with_tied,
+)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TWO = weight_only.read({"bits": 2, "group": None}, "")
@@ -283,3 +291,59 @@ def test_a_layer_that_no_example_reaches_is_named() -> None:
     step = Step("weight_only", site.name, {"rounding": "error_feedback"})
     with pytest.raises(UsageError, match=r"blocks\.1\.out"):
         apply(model, Plan((step,)), [site], context)
+
+
+class Talk(nn.Module):
+    """Blocks between a lookup and a head that hold one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(12, 8), nn.Linear(8, 12, bias=False)
+        self.head.weight = self.embed.weight
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, shift=0.1)
+        found: torch.Tensor = self.head(x)
+        return found
+
+
+def test_a_tied_weight_is_changed_first_and_blocks_see_its_change() -> None:
+    model, examples = Talk(), [torch.randint(12, (3, 5 + index)) for index in range(3)]
+    seen = analyse(model, examples)
+    told: dict[str, tuple[torch.Tensor | None, torch.Tensor | None]] = {}
+
+    def change(site: str, context: Context) -> Mapping[str, nn.Module]:
+        told[site] = context.gram(site), context.cross(site)
+        found = weight_only.replace(model, known[site], TWO, context)
+        return with_tied(model, known[site], found)
+
+    known = {site.name: site for site in seen.sites}
+    context = Context(seen.statistics, examples=examples)
+    tied = {"head": known["head"].tied}
+    work = _sequential.Work(list(known), [], set(known), context, change, tied)
+    changes = _sequential.in_order(model, work)
+    assert changes is not None
+    assert next(iter(told)) == "head"
+    assert told["head"][1] is None  # nothing has changed before it
+    wanted = grams(model, ["head"], examples)["head"]
+    assert torch.allclose(told["head"][0], wanted, rtol=1e-4, atol=1e-6)
+    behind = substitute(model, {path: changes[path] for path in ("head", "embed")})
+    entering = [behind.embed(tokens).reshape(-1, 8).detach() for tokens in examples]
+    rows = torch.cat(entering).double()
+    assert torch.allclose(told["blocks.0.left"][0].double(), rows.T @ rows / len(rows), rtol=1e-4, atol=1e-6)
+    assert told["blocks.0.left"][1] is not None
+
+
+def test_blocks_that_share_a_weight_are_not_changed_one_by_one() -> None:
+    model, examples = Net(), data()
+    model.blocks[1].left.weight = model.blocks[0].left.weight
+    seen = analyse(model, examples)
+    tied = {site.name: site.tied for site in seen.sites if site.tied}
+    assert tied == {"blocks.0.left": ("blocks.1.left",)}
+    names = [site.name for site in seen.sites]
+    work = _sequential.Work(names, [], set(), Context(examples=examples), lambda *_: {}, tied)
+    assert _sequential.in_order(model, work) is None

@@ -118,3 +118,56 @@ def test_every_method_keeps_the_contract_s_form() -> None:
         for part in ("Options", "levels", "refuse", "replace"):
             assert hasattr(method, part), f"{name} has no {part}"
     assert set(transforms.ORDER) <= set(discover.methods("transforms"))
+
+
+class Shared(nn.Module):
+    """A lookup and two products with one weight, one of them with a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.one, self.two = (
+            nn.Embedding(16, 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 16, bias=False),
+        )
+        self.one.weight = self.two.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.two(torch.tanh(self.one(self.embed(tokens))))
+        return found
+
+
+@pytest.mark.parametrize("method", ["weight_only", "dynamic_int8", "static_int8"])
+def test_a_step_at_a_tied_weight_changes_every_module_that_holds_it_once(method: str) -> None:
+    model, tokens = Shared(), torch.arange(16).reshape(2, 8)
+    seen = analyse(model, [tokens])
+    found = apply(model, Plan((Step(method, "one"),)), seen.sites, Context(seen.statistics))
+    layers = [found.embed, found.one, found.two]
+    assert all(isinstance(layer, QuantizedLayer) for layer in layers)
+    assert len({layer.integers.data_ptr() for layer in layers}) == 1
+    assert [layer.activations == "float" for layer in layers] == [True, *[method == "weight_only"] * 2]
+    with torch.no_grad():
+        assert float((found(tokens) - model(tokens)).norm() / model(tokens).norm()) < 0.05
+    same = found.embed(tokens)
+    assert torch.equal(same, found.one._decoded()[tokens])
+
+
+def test_a_method_that_would_untie_a_weight_is_refused() -> None:
+    model = Shared()
+    site = plain_site(model, "one")
+    with pytest.raises(UsageError, match="must stay tied, got with embed, two"):
+        transforms.with_tied(model, site, {"one": nn.Linear(16, 16)})
+    assert transforms.with_tied(model, site, {"other": nn.Identity()}).keys() == {"other"}
+
+
+def test_rebuilding_ties_as_the_first_time() -> None:
+    model = Shared()
+    plan = Plan((Step("weight_only", "one", {"bits": 4}),))
+    seen = analyse(model, [torch.arange(16)[None]])
+    first = apply(model, plan, seen.sites, Context(seen.statistics))
+    fresh = apply(Shared(), plan, [plain_site(Shared(), "one")], Context(rebuilding=True))
+    fresh.load_state_dict(first.state_dict())
+    tokens = torch.arange(5)[None]
+    assert fresh.embed.integers is fresh.two.integers
+    assert torch.equal(first(tokens), fresh(tokens))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -158,3 +160,25 @@ def test_eight_bits_keep_every_weight_within_half_a_step_and_four_bits_cost_half
     assert four.integers.numel() == 64 * 32 // 2
     assert four.scales.numel() == 64
     assert four.zeros.numel() == 32
+
+
+def test_rare_rows_of_a_tied_weight_count_as_the_mean_row_does() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 32), nn.Linear(32, 40, bias=False))
+    model[1].weight = model[0].weight
+    data = [torch.randint(40, (8, 16))]
+    counts = torch.zeros(40)
+    counts[:10] = 4.0  # of mean 1
+    context = Context(analyse(model, data).statistics, lazily(model, ["1"], data), rows=lambda _: counts)
+    scales = {}
+    for tied in (True, False):
+        site = dataclasses.replace(plain_site(model, "1"), tied=("0",) if tied else ())
+        given = options(code="entropy", rounding="waterfilling", level=0.05, scale="float32")
+        scales[tied] = weight_only.replace(model, site, given, context)["1"].scales[:, 0]
+    quiet = 0.05  # what waterfilling adds itself, of the mean it is given
+    assert float(scales[False][20] / scales[False][0]) == pytest.approx(
+        ((4 + quiet) / quiet) ** 0.5, rel=1e-4
+    )
+    assert float(scales[True][20] / scales[True][0]) == pytest.approx(
+        ((5 + 2 * quiet) / (1 + 2 * quiet)) ** 0.5, rel=1e-4
+    )

@@ -35,6 +35,18 @@ def input_rows(call: Call) -> Iterator[torch.Tensor]:
             yield part.flatten(dims + 1).flatten(0, dims).unflatten(1, (groups, -1)).transpose(0, 1)
 
 
+def input_sums(call: Call) -> torch.Tensor:
+    """The sum (P, I) float64 of the rows that `input_rows` yields of a call, without laying them out."""
+    if call.kind != "conv":
+        return call.input.detach().float().reshape(-1, call.input.shape[-1]).sum(0).double()[None]
+    dims = call.weight.ndim - 2
+    whole = (
+        call.input.detach().float().sum(0, keepdim=True).double()
+    )  # the sum of patches is the patches of the sum
+    patches = _patches(whole, tuple(call.weight.shape[2:]), call)
+    return patches.sum(tuple(range(dims + 1))).reshape(int(call.layout["groups"]), -1)
+
+
 def row_count(call: Call) -> int:
     """How many rows `input_rows` yields of a call."""
     if call.kind != "conv":

@@ -23,6 +23,7 @@ OPERATIONS: Mapping[Callable[..., Any], str] = {
     F.conv2d: _CONV,
     F.conv3d: _CONV,
     F.embedding: _EMBEDDING,
+    F.embedding_bag: _EMBEDDING,
     torch.addmm: _ADDMM,
 }
 """The operations that consume a layer's weight, and their kind."""
@@ -50,6 +51,7 @@ def operands(
         named = dict(zip(("input", "mat1", "mat2"), args, strict=False)) | dict(kwargs)
         return named["mat1"], named["mat2"], named["input"], {}
     if kind == _EMBEDDING:
+        # of F.embedding; the third of F.embedding_bag is its offsets
         named = dict(zip(("input", "weight", "padding_idx", "max_norm"), args, strict=False)) | dict(kwargs)
         return named["input"], named["weight"], None, {"max_norm": named.get("max_norm")}
     order = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -120,9 +122,19 @@ def unfused() -> Iterator[None]:
 
 def owners(model: nn.Module) -> dict[int, str]:
     """id(weight) -> path of the first module that has it as its parameter `weight` of at least one dimension."""
-    found: dict[int, str] = {}
+    return {number: paths[0] for number, paths in _holders(model).items()}
+
+
+def sharers(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The path of the first module that holds a weight -> the paths of all that hold it, that one among them."""
+    return {paths[0]: tuple(paths) for paths in _holders(model).values()}
+
+
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """id(weight) -> the paths of the modules that have it as their parameter `weight`, in the model's order."""
+    found: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         weight = module._parameters.get("weight")
         if weight is not None:
-            found.setdefault(id(weight), path)
+            found.setdefault(id(weight), []).append(path)
     return found

@@ -1,7 +1,8 @@
 """Finds the sites of a model and collects, in one streamed pass over the examples, what every method needs of them.
 
 A site is a module whose parameter `weight` is consumed by exactly one linear, convolution or embedding operation in each
-forward pass of that module, and by nothing else. Whatever else holds weights is left alone, and a note says why.
+forward pass of that module, and by nothing else. Modules that hold one weight are one site, which has the name of the first
+that multiplies with it. Whatever else holds weights is left alone, and a note says why.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flyweight.analysis.calls import Call, Watch, owners, tensors_in, unfused
+from flyweight.analysis._patches import input_sums, row_count
+from flyweight.analysis.calls import Call, Watch, owners, sharers, tensors_in, unfused
 from flyweight.errors import DataError
 from flyweight.inputs.check import run_example
 from flyweight.records import Batch, Site
@@ -23,7 +25,8 @@ from flyweight.records import Batch, Site
 SAMPLE = 1 << 14
 """Activation values kept per site, drawn at random over all examples."""
 
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+_TABLES = (nn.Embedding, nn.EmbeddingBag)
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TABLES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +49,9 @@ class SiteStatistics:
     """Forward passes of the module in one pass of the model."""
     own_input: bool
     """Whether the operation consumes the module's own input, up to zero padding and reshaping."""
+    mean: torch.Tensor | None = None
+    """(P, I) float32: the mean of what each weight of an output channel is multiplied with, in the weight's order, for each
+    of P groups of a convolution (else 1), padding included; None for embeddings and where nothing ran."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,8 @@ class Analysis:
 
 @dataclass
 class _Seen:
-    """Running sums of one site."""
+    """Running sums of one use of a weight: by lookups, or by all products together."""
 
-    kind: str
     macs: int = 0
     calls: int = 0
     low: float = math.inf
@@ -76,6 +81,8 @@ class _Seen:
     out_samples: list[torch.Tensor] = field(default_factory=list)
     energy: torch.Tensor | None = None
     rows: int = 0
+    sums: torch.Tensor | None = None
+    summed: int = 0
     own_input: bool = True
 
 
@@ -102,17 +109,20 @@ class _Recorder:
     def __init__(self, model: nn.Module, per_call: int, seed: int) -> None:
         self._model, self._per_call = model, per_call
         self._random = torch.Generator().manual_seed(seed)
-        self._owners = owners(model)
+        self._owners, self._sharers = owners(model), sharers(model)
         self._watch = Watch(self._owners, self._call, self._other)
         self._stack = contextlib.ExitStack()
         self._active: dict[str, list[Any]] = {}
-        self._seen: dict[str, _Seen] = {}
-        self._left: dict[str, str] = _tied(model)
+        self._seen: dict[tuple[str, bool], _Seen] = {}
+        """By the weight's first holder, and whether rows are looked up."""
+        self._uses: dict[str, str] = {}
+        """How each module that ran reads its weight."""
+        self._left: dict[str, str] = {}
         self._hooks: list[Any] = []
         self.first = True
 
     def __enter__(self) -> None:
-        for path in self._owners.values():
+        for path in (path for paths in self._sharers.values() for path in paths):
             module = self._model.get_submodule(path)
             self._hooks += [
                 module.register_forward_pre_hook(self._begin(path), with_kwargs=True),
@@ -146,31 +156,39 @@ class _Recorder:
     def _other(self, path: str, function: str) -> None:
         self._left.setdefault(path, f"its weight is also used by {function}")
 
-    def _call(self, path: str, call: Call) -> None:
-        active = self._active.get(path)
-        if active is None:
-            self._left.setdefault(path, "its weight is used outside its own forward")
+    def _call(self, owner: str, call: Call) -> None:
+        inside = [path for path in self._active if path in self._sharers[owner]]
+        if not inside:
+            self._left.setdefault(owner, "its weight is used outside its own forward")
             return
+        path, active = inside[-1], self._active[inside[-1]]
         active[1] += 1
-        if active[1] > 1:
-            self._left.setdefault(path, "its weight is used more than once in one forward")
-        if kind_of(self._model.get_submodule(path)) != ("linear" if call.kind == "addmm" else call.kind):
-            self._left.setdefault(path, f"its class does not tell that it computes a {call.kind}")
-        if call.weight.ndim < 2:
-            self._left.setdefault(path, "its weight is a vector")
-        if call.kind == "conv" and call.input.ndim != call.weight.ndim:
-            self._left.setdefault(path, "its input has no batch dimension")
-        if call.bias is not None and call.bias is not self._model.get_submodule(path)._parameters.get("bias"):
-            self._left.setdefault(path, "its bias is computed while it runs")
-        if call.layout.get("max_norm") is not None:
-            self._left.setdefault(path, "an embedding with max_norm changes its weight while it runs")
-        seen = self._seen.setdefault(path, _Seen(call.kind))
+        self._uses.setdefault(path, _use(call))
+        reason = self._unfit(self._model.get_submodule(path), call) or self._mixed(owner)
+        reason = "its weight is used more than once in one forward" if active[1] > 1 else reason
+        if reason:
+            self._left.setdefault(owner, reason)
+        seen = self._seen.setdefault((owner, call.kind == "embedding"), _Seen())
         if self.first:
             seen.calls += 1
             seen.macs += _macs(call)
             seen.own_input &= _same_values(active[0], call.input)
-        if path not in self._left:
+        if owner not in self._left:
             self._statistics(path, seen, call)
+
+    def _unfit(self, module: nn.Module, call: Call) -> str | None:
+        """Why a call does not make its module a site, or None."""
+        if kind_of(module) != ("linear" if call.kind == "addmm" else call.kind):
+            return f"its class does not tell that it computes a {call.kind}"
+        if call.weight.ndim < 2:
+            return "its weight is a vector"
+        if call.kind == "conv" and call.input.ndim != call.weight.ndim:
+            return "its input has no batch dimension"
+        if call.bias is not None and call.bias is not module._parameters.get("bias"):
+            return "its bias is computed while it runs"
+        if call.layout.get("max_norm") is not None:
+            return "an embedding with max_norm changes its weight while it runs"
+        return None
 
     def _statistics(self, path: str, seen: _Seen, call: Call) -> None:
         if call.kind != "embedding" and call.input.numel():
@@ -182,6 +200,8 @@ class _Recorder:
             energy = torch.linalg.vector_norm(values, dim=others).square() if others else values.square()
             seen.rows += values.numel() // values.shape[channels]
             seen.energy = energy + (0 if seen.energy is None else seen.energy)
+            seen.sums = input_sums(call) + (0 if seen.sums is None else seen.sums)
+            seen.summed += row_count(call)
         if call.output.numel():
             seen.out_low, seen.out_high = _extremes(path, call.output, seen.out_low, seen.out_high)
             seen.out_samples.append(self._sample(call.output))
@@ -194,29 +214,78 @@ class _Recorder:
         return flat[index.to(flat.device)].float().cpu()
 
     def analysis(self) -> Analysis:
-        sites = {path: seen for path, seen in self._seen.items() if path not in self._left}
-        left = [
-            f"{path} stays as it is: {why}"
-            for path, why in self._left.items()
-            if path in self._seen or isinstance(self._model.get_submodule(path), _LAYERS)
-        ]
+        ran = [owner for owner, _ in self._seen]
+        for owner in ran:
+            reason = self._untied(owner)
+            if reason:
+                self._left.setdefault(owner, reason)
+        groups = {self._named(owner): owner for owner in dict.fromkeys(ran) if owner not in self._left}
+        order = [path for path in self._uses if path in groups]
+        merged = {
+            path: self._seen.get((owner, False)) or self._seen[owner, True] for path, owner in groups.items()
+        }
+        sites = [self._site(path, groups[path], merged[path]) for path in order]
         return Analysis(
-            sites=tuple(_site(self._model, path, seen) for path, seen in sites.items()),
-            statistics={path: _finish(seen) for path, seen in sites.items()},
-            notes=(*left, *self._never_run()),
+            sites=tuple(sites),
+            statistics={path: _finish(merged[path]) for path in order},
+            notes=(*self._notes(), *self._never_run(), *(_together(site) for site in sites if site.tied)),
             bytes=model_bytes(self._model),
             macs=sum(seen.macs for seen in self._seen.values()),
         )
 
-    def _never_run(self) -> list[str]:
-        idle = [
-            path
-            for path in self._owners.values()
-            if isinstance(self._model.get_submodule(path), _LAYERS)
-            and path not in self._seen
-            and path not in self._left
+    def _named(self, owner: str) -> str:
+        """The module that a site is named by: the first to multiply with the weight, or else to look up its rows."""
+        paths = [path for path in self._uses if path in self._sharers[owner]]
+        return next((path for path in paths if self._uses[path] != "rows"), paths[0])
+
+    def _untied(self, owner: str) -> str | None:
+        """Why modules that hold one weight cannot be one site, or None."""
+        idle = [path for path in self._sharers[owner] if path not in self._uses]
+        columns = "columns" in {self._uses[path] for path in self._sharers[owner] if path in self._uses}
+        for path in idle:  # a shared table that is itself never called, as in T5, is what its class says
+            if columns or type(self._model.get_submodule(path)) not in (nn.Linear, *_TABLES):
+                return f"its weight is tied with that of {path}, which no example ran"
+        return None
+
+    def _mixed(self, owner: str) -> str | None:
+        """Why one code cannot serve the modules that hold a weight, as far as they ran, or None."""
+        paths = [path for path in self._sharers[owner] if path in self._uses]
+        uses = {self._uses[path] for path in paths}
+        mixed = len(uses - {"rows"}) > 1 or {"rows", "columns"} <= uses
+        return f"its weight is tied, and {' and '.join(paths)} read it in different ways" if mixed else None
+
+    def _site(self, path: str, owner: str, seen: _Seen) -> Site:
+        paths = self._sharers[owner]
+        modules = [self._model.get_submodule(one) for one in paths]
+        own = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
+        return Site(
+            name=path,
+            kind=kind_of(self._model.get_submodule(path)),
+            parameters=sum(p.numel() for p in own),
+            bytes=sum(p.numel() * p.element_size() for p in own),
+            macs=seen.macs,
+            tied=tuple(other for other in paths if other != path),
+        )
+
+    def _notes(self) -> list[str]:
+        """What is left alone, and why."""
+        return [
+            f"{path} stays as it is: {why}"
+            for owner, why in self._left.items()
+            for path in self._sharers[owner]
+            if path in self._uses or isinstance(self._model.get_submodule(path), _LAYERS)
         ]
-        return [f"{path} stays as it is: no example ran it" for path in idle]
+
+    def _never_run(self) -> list[str]:
+        """Layers that are left alone since nothing ran them."""
+        return [
+            f"{path} stays as it is: no example ran it"
+            for owner, paths in self._sharers.items()
+            for path in paths
+            if owner not in self._left
+            and not any(other in self._uses for other in paths)
+            and isinstance(self._model.get_submodule(path), _LAYERS)
+        ]
 
 
 def model_bytes(model: nn.Module) -> int:
@@ -227,7 +296,7 @@ def model_bytes(model: nn.Module) -> int:
 
 def kind_of(module: nn.Module) -> Literal["linear", "conv", "embedding"]:
     """What a module that owns a `weight` computes, told by its class or, failing that, by its weight's dimensions."""
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, _TABLES):
         return "embedding"
     weight = module._parameters.get("weight")
     return "conv" if weight is not None and weight.ndim > 2 else "linear"
@@ -235,33 +304,21 @@ def kind_of(module: nn.Module) -> Literal["linear", "conv", "embedding"]:
 
 def plain_site(model: nn.Module, path: str) -> Site:
     """A site by its path alone, without statistics or costs, as rebuilding a stored artifact needs it."""
-    return Site(name=path, kind=kind_of(model.get_submodule(path)), parameters=0, bytes=0, macs=0)
+    kind = kind_of(model.get_submodule(path))
+    together = next((paths for paths in sharers(model).values() if path in paths), (path,))
+    tied = tuple(other for other in together if other != path)
+    return Site(name=path, kind=kind, parameters=0, bytes=0, macs=0, tied=tied)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
-    """Modules that share one weight, with the reason to leave them alone."""
-    users: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        weight = module._parameters.get("weight")
-        if weight is not None:
-            users.setdefault(id(weight), []).append(path)
-    return {
-        path: f"its weight is tied with {', '.join(p for p in paths if p != path)}"
-        for paths in users.values()
-        if len(paths) > 1
-        for path in paths
-    }
+def _use(call: Call) -> str:
+    """How a call reads its weight: "rows" are looked up; other words are equal where one code serves both calls."""
+    if call.kind == "conv":
+        return f"conv in {call.layout['groups']} groups"
+    return {"embedding": "rows", "addmm": "columns"}.get(call.kind, call.kind)
 
 
-def _site(model: nn.Module, path: str, seen: _Seen) -> Site:
-    own = list(model.get_submodule(path).parameters(recurse=False))
-    return Site(
-        name=path,
-        kind=kind_of(model.get_submodule(path)),
-        parameters=sum(p.numel() for p in own),
-        bytes=sum(p.numel() * p.element_size() for p in own),
-        macs=seen.macs,
-    )
+def _together(site: Site) -> str:
+    return f"{site.name} and {' and '.join(site.tied)} hold one weight: it is changed once, and stays tied"
 
 
 def _finish(seen: _Seen) -> SiteStatistics:
@@ -272,6 +329,7 @@ def _finish(seen: _Seen) -> SiteStatistics:
         energy=energy,
         calls=seen.calls,
         own_input=seen.own_input,
+        mean=None if seen.sums is None else (seen.sums / max(seen.summed, 1)).float().cpu(),
     )
 
 

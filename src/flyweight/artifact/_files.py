@@ -19,8 +19,8 @@ from flyweight.artifact.manifest import FILES, MANIFEST
 from flyweight.errors import MachineError
 
 NAMES = (MANIFEST, *FILES)
-MOST = 3
-"""Files of an artifact: the manifest, and the weights with a graph."""
+MOST = 7
+"""Files of an artifact: the manifest, and a Hugging Face folder."""
 MAX_FILES = 8
 """Entries of a folder that are looked at before it is refused."""
 PIECE = 2**20

@@ -122,28 +122,28 @@ def check_same(found: Sequence[StoredTensor], expected: Sequence[StoredTensor], 
         )
 
 
-def read_header(stream: Stream, size: int) -> tuple[bytes, tuple[Extent, ...]]:
-    """The bytes before the buffer, and where each tensor lies in it; raises ArtifactError on any oddity."""
+def read_header(stream: Stream, size: int, file: str = WEIGHTS) -> tuple[bytes, tuple[Extent, ...]]:
+    """The bytes before the buffer, and where each tensor lies in it; raises ArtifactError, with the file, on any oddity."""
     start = stream.read(_LENGTH_BYTES)
     length = int.from_bytes(start, "little")
     if len(start) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
         got = f"{size} bytes" if size else "an empty file"
-        raise damaged("the file must hold its length and its header", got=got, where=WEIGHTS)
+        raise damaged("the file must hold its length and its header", got=got, where=file)
     if length > MAX_HEADER:
-        raise damaged(f"a header may have {MAX_HEADER} bytes", got=f"{length}", where=WEIGHTS)
+        raise damaged(f"a header may have {MAX_HEADER} bytes", got=f"{length}", where=file)
     header = stream.read(length)
     if len(header) < length or not header.startswith(b"{") or not header.rstrip(b" ").endswith(b"}"):
         got = shown(header[:20])
-        raise damaged("the header must be an object, padded with spaces", got=got, where=WEIGHTS)
-    document = parse(header, f"{WEIGHTS}, header")
-    return start + header, _extents(document, size - _LENGTH_BYTES - length)
+        raise damaged("the header must be an object, padded with spaces", got=got, where=file)
+    document = parse(header, f"{file}, header")
+    return start + header, _extents(document, size - _LENGTH_BYTES - length, file)
 
 
-def _extents(document: dict[str, Any], buffer: int) -> tuple[Extent, ...]:
-    _check_metadata(document.pop("__metadata__", {}))
+def _extents(document: dict[str, Any], buffer: int, file: str) -> tuple[Extent, ...]:
+    _check_metadata(document.pop("__metadata__", {}), file)
     if len(document) > MAX_TENSORS:
-        raise damaged(f"a file may hold {MAX_TENSORS} tensors", got=f"{len(document)}", where=WEIGHTS)
-    extents = [_extent(name, value) for name, value in document.items()]
+        raise damaged(f"a file may hold {MAX_TENSORS} tensors", got=f"{len(document)}", where=file)
+    extents = [_extent(name, value, file) for name, value in document.items()]
     extents.sort(key=lambda one: (one.begin, one.end, one.name))
     at = 0
     for extent in extents:
@@ -152,17 +152,17 @@ def _extents(document: dict[str, Any], buffer: int) -> tuple[Extent, ...]:
             raise damaged("tensors must lie one behind the other", got=what, where=extent.place)
         at = extent.end
     if at != buffer:
-        raise damaged(f"the tensors must fill the file, {at} bytes", got=f"{buffer} bytes", where=WEIGHTS)
+        raise damaged(f"the tensors must fill the file, {at} bytes", got=f"{buffer} bytes", where=file)
     return tuple(extents)
 
 
-def _check_metadata(value: Any) -> None:
+def _check_metadata(value: Any, file: str) -> None:
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
-        raise damaged("metadata must be texts", got=shown(value), where=f"{WEIGHTS}, __metadata__")
+        raise damaged("metadata must be texts", got=shown(value), where=f"{file}, __metadata__")
 
 
-def _extent(name: str, value: Any) -> Extent:
-    place = _place(name, WEIGHTS)
+def _extent(name: str, value: Any, file: str) -> Extent:
+    place = _place(name, file)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise damaged("a tensor has dtype, shape and data_offsets", got=shown(value), where=place)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
@@ -176,7 +176,7 @@ def _extent(name: str, value: Any) -> Extent:
     if offsets[1] - offsets[0] != needed:
         rule = f"{dtype} {shown(shape)} takes {needed} bytes"
         raise damaged(rule, got=f"{offsets[1] - offsets[0]}", where=place)
-    return Extent(name, _NAMES[dtype], tuple(shape), *offsets)
+    return Extent(name, _NAMES[dtype], tuple(shape), offsets[0], offsets[1], file)
 
 
 def _are_lengths(value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 1. The folder holds two or three files and nothing else: `manifest.json`, `weights.safetensors` and, for
    runtimes that run ONNX, `model.onnx`; or `manifest.json` and, for llama.cpp, `model.gguf` (since format 2).
-   In place of `weights.safetensors` there may be `weights.safetensors.gz` (since format 3).
+   In place of `weights.safetensors` there may be `weights.safetensors.gz` (since format 3). Or it holds, beside
+   `manifest.json`, a Hugging Face folder (since format 4): `model.safetensors`, `config.json` and perhaps
+   `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`, `special_tokens_map.json`.
    The names are fixed; no name or path from a file is ever opened.
 2. All files are regular, with one name each: no links, no pipes.
 3. `manifest.json` is strict UTF-8 JSON of at most 1 MiB: no key twice, no NaN, at most 64 levels deep.
@@ -25,14 +27,18 @@
 11. `model.gguf` holds weights and vocabulary, its head at most 64 MiB. Tensors lie one behind the other, filled
     up with zeros to multiples of 32 bytes. Packed integers are listed as uint8 rows. Entries that could name
     another file, and chat templates, which are programs, are refused.
-12. No code: nothing in an artifact names a class, a module or a function, and nothing else is compressed.
-    `runtime` and `session` are looked up in what this version of flyweight knows.
-13. A reader refuses a format newer than its own, and says so; it reads all older ones.
-14. A writer puts the folder in its place whole: whoever looks sees the old one or the new one (atomic.py).
+12. `model.safetensors` is a file as in 8. The files beside it are strict JSON as in 3, at most 64 MiB each. What could
+    name code, a kernel, a chat template or another file is refused (_hugging_face.py).
+13. No code: nothing in an artifact names a class, a module or a function, and nothing else is compressed.
+    `runtime`, `session`, and in a Hugging Face folder the kinds of model and tokenizer, are looked up in what this
+    version of flyweight, and of transformers, knows.
+14. A reader refuses a format newer than its own, and says so; it reads all older ones.
+15. A writer puts the folder in its place whole: whoever looks sees the old one or the new one (atomic.py).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -46,7 +52,7 @@ from types import MappingProxyType
 import torch
 
 from flyweight._faults import point
-from flyweight.artifact import _gguf, _gzip, _onnx, _weights
+from flyweight.artifact import _gguf, _gzip, _hugging_face, _onnx, _weights
 from flyweight.artifact._files import (
     Sink,
     check_size,
@@ -74,6 +80,7 @@ from flyweight.artifact.manifest import (
     encode,
 )
 from flyweight.errors import ArtifactError, UsageError
+from flyweight.runtimes._files import BESIDE, MODEL
 
 __all__ = [
     "Artifact",
@@ -90,7 +97,11 @@ __all__ = [
 
 
 _HEADERS: Mapping[str, _weights.Header] = MappingProxyType(
-    {WEIGHTS: _weights.read_header, GGUF: _gguf.read_header}
+    {
+        WEIGHTS: _weights.read_header,
+        MODEL: functools.partial(_weights.read_header, file=MODEL),
+        GGUF: _gguf.read_header,
+    }
 )
 
 
@@ -113,8 +124,8 @@ class Artifact:
 def write(folder: Path, source: Path, manifest: Manifest) -> int:
     """Make `folder` an artifact of the files in `source`, replacing the one that is there; its bytes in all.
 
-    `source` holds weights.safetensors and perhaps model.onnx, or model.gguf; where it also holds the compressed weights,
-    those are taken and the plain ones are left. Whenever the process is killed, `folder` is
+    `source` holds weights.safetensors and perhaps model.onnx, or model.gguf, or a Hugging Face folder; where it also holds
+    the compressed weights, those are taken and the plain ones are left. Whenever the process is killed, `folder` is
     whole: the old one or the new one. Raises ArtifactError when a reader would refuse the files, UsageError
     when `folder` is there and is no artifact, MachineError when the disk does not take it.
     """
@@ -207,6 +218,8 @@ def _artifact(folder: Path, root: int) -> Artifact:
     holder = _holder(files)
     scan = _scanned(root, files[holder], said.tensors, ())
     checked = ONNX not in files or _onnx.check(_graph(root, files[ONNX]), scan.buffer)
+    for name in sorted(files.keys() & set(BESIDE)):
+        _hugging_face.check(name, _verified_content(root, files[name], _hugging_face.MAX_JSON))
     return Artifact(
         folder=folder,
         manifest=said.manifest,
@@ -221,7 +234,7 @@ def _artifact(folder: Path, root: int) -> Artifact:
 def _holder(names: Iterable[str]) -> str:
     """The file that holds the tensors."""
     present = set(names)
-    return next((name for name in (GGUF, PACKED) if name in present), WEIGHTS)
+    return next((name for name in (GGUF, PACKED, MODEL) if name in present), WEIGHTS)
 
 
 def _scanned(
@@ -240,7 +253,11 @@ def _scanned(
 
 
 def _graph(root: int, file: StoredFile) -> bytes:
-    content = _content(root, ONNX, _onnx.MAX_ONNX)
+    return _verified_content(root, file, _onnx.MAX_ONNX)
+
+
+def _verified_content(root: int, file: StoredFile, limit: int) -> bytes:
+    content = _content(root, file.name, limit)
     _check_bytes(file, len(content))
     _check_digest(file, hashlib.sha256(content).hexdigest())
     return content
@@ -273,12 +290,20 @@ def _fill(part: Path, source: Path, names: Sequence[str], manifest: Manifest) ->
             _onnx.check(content, scan.buffer)
             write_file(part / ONNX, content)
             point("artifact:onnx")
-            digest = hashlib.sha256(content).hexdigest()
-            files.append(StoredFile(name=ONNX, bytes=len(content), sha256=digest))
+            files.append(_stored(ONNX, content))
+        for name in (one for one in names if one in BESIDE):
+            content = _content(root, name, _hugging_face.MAX_JSON)
+            _hugging_face.check(name, content)
+            write_file(part / name, content)
+            files.append(_stored(name, content))
     raw = encode(manifest, files, scan.tensors)
     write_file(part / MANIFEST, raw)
     point("artifact:manifest")
     return len(raw) + sum(file.bytes for file in files)
+
+
+def _stored(name: str, content: bytes) -> StoredFile:
+    return StoredFile(name=name, bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _content(root: int, name: str, limit: int) -> bytes:

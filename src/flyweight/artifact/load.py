@@ -14,8 +14,8 @@ from flyweight.analysis.sites import plain_site
 from flyweight.artifact import format as spec
 from flyweight.errors import ArtifactError, UsageError
 from flyweight.records import Batch
-from flyweight.runtimes import _gguf_load, _structure
-from flyweight.runtimes._files import GGUF, Predictor, match
+from flyweight.runtimes import _gguf_load, _hugging_face, _structure
+from flyweight.runtimes._files import GGUF, MODEL, Predictor, match
 from flyweight.runtimes._layout import load_state
 
 
@@ -49,8 +49,11 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
             way_out="give the model that the task's file builds",
         ) from error
     stored = spec.tensors(artifact)
-    if any(file.name == GGUF for file in artifact.files):
+    names = {file.name for file in artifact.files}
+    if GGUF in names:
         stored = _gguf_load.state(rebuilt, stored)
+    elif MODEL in names:
+        stored = _hugging_face.state(rebuilt, stored)
     load_state(rebuilt, stored, artifact.manifest.layouts)
     return rebuilt
 

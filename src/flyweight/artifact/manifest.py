@@ -12,10 +12,11 @@ from typing import Any
 from flyweight.artifact._strict import damaged, parse, shown
 from flyweight.errors import ArtifactError, UsageError
 from flyweight.records import JSON, Plan, canonical
+from flyweight.runtimes._files import BESIDE, CONFIG, MODEL
 
-FORMAT = 3
-"""The newest format that this version writes and reads: 2 came with model.gguf, 3 with compressed weights; an artifact
-without either is still written as 1."""
+FORMAT = 4
+"""The newest format that this version writes and reads: 2 came with model.gguf, 3 with compressed weights, 4 with
+model.safetensors; an artifact without any of them is still written as 1."""
 MAX_MANIFEST = 2**20
 """Bytes."""
 MAX_TENSORS = 100_000
@@ -25,7 +26,7 @@ MAX_RATIO = 8
 """Unpacked bytes for each compressed one: a Huffman code spends a bit or more on each byte."""
 MANIFEST, WEIGHTS, ONNX, GGUF = "manifest.json", "weights.safetensors", "model.onnx", "model.gguf"
 PACKED = f"{WEIGHTS}.gz"
-FILES = (WEIGHTS, ONNX, GGUF, PACKED)
+FILES = (WEIGHTS, ONNX, GGUF, PACKED, MODEL, *BESIDE)
 """What a manifest may list."""
 DTYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -41,7 +42,7 @@ DTYPES: Mapping[str, str] = MappingProxyType(
 )
 """The element types an artifact may hold, by torch's names, with the names that safetensors files use."""
 
-_SINCE: Mapping[str, int] = MappingProxyType({GGUF: 2, PACKED: 3})
+_SINCE: Mapping[str, int] = MappingProxyType({GGUF: 2, PACKED: 3, MODEL: 4})
 """The format that a file came with, where it is not the first."""
 _LAST_LINE = re.compile(rb'"digest": "([0-9a-f]{64})"}\n')
 
@@ -191,10 +192,15 @@ def _check_version(document: Any) -> None:
 
 def _check_files(names: Collection[str], version: int) -> None:
     for name in names:
-        rule = f"a manifest lists {WEIGHTS} and {ONNX} only, the first perhaps as {PACKED}, or {GGUF} alone"
-        _need(name in FILES, rule, name)
+        rule = f"a manifest lists {WEIGHTS} and {ONNX} only, the first perhaps as {PACKED}, or {GGUF} alone, or {MODEL}"
+        _need(name in FILES, f"{rule} and {', '.join(BESIDE)}", name)
     _need(not {WEIGHTS, PACKED} <= set(names), f"weights are in {WEIGHTS} or in {PACKED}", sorted(names))
     _need(GGUF not in names or len(names) == 1, f"{GGUF} holds all that a model needs", sorted(names))
+    beside = {name for name in names if name != MODEL}
+    folder = CONFIG in beside <= set(BESIDE) if MODEL in names else beside.isdisjoint(BESIDE)
+    _need(
+        folder, f"{MODEL} stands beside {CONFIG} and files of its kind, which stand beside it", sorted(names)
+    )
     _need(_format(names) <= version, "artifacts with these files have a later format", version)
 
 

@@ -20,8 +20,11 @@ from flyweight.runtimes import _memory_probe
 from flyweight.runtimes._export import names, tensors
 from flyweight.runtimes._files import Predictor
 from flyweight.runtimes.torch import caller
+from flyweight.transforms import QuantizedLayer, substitute
 
 LIMIT_SECONDS = 60.0
+DECODED = frozenset({"transformers"})
+"""Runtimes of PyTorch that decode every weight to floats and keep those."""
 
 
 def peak_memory(predictor: Predictor, model: nn.Module, batch: Batch) -> int | None:
@@ -30,7 +33,12 @@ def peak_memory(predictor: Predictor, model: nn.Module, batch: Batch) -> int | N
         return None
     if predictor.runtime in _memory_probe.RUNTIMES:
         return _of_file(predictor, batch)
-    return _of_module(model, batch)
+    return _of_module(_decoded(model) if predictor.runtime in DECODED else model, batch)
+
+
+def _decoded(model: nn.Module) -> nn.Module:
+    layers = {path: m.plain() for path, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    return substitute(model, layers)
 
 
 def _of_file(predictor: Predictor, batch: Batch) -> int | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from flyweight.errors import DataError, MachineError, ModelError, UsageError, first_line
 from flyweight.inputs._text import parts, read_text, require, windows
@@ -79,13 +80,9 @@ def language_task(
     MachineError, ModelError, DataError or UsageError that names what is missing or wrong.
     """
     folder, text = Path(folder), Path(text)
-    for name, value, least in (
-        ("window", window, SMALLEST_WINDOW),
-        ("calibrating", calibrating, LEAST_CALIBRATING),
-        ("judging", judging, LEAST_JUDGING),
-    ):
-        if type(value) is not int or value < least:
-            raise UsageError(f"{name} must be an integer from {least} up", got=repr(value), where=name)
+    _check_count("window", window, SMALLEST_WINDOW)
+    _check_count("calibrating", calibrating, LEAST_CALIBRATING)
+    _check_count("judging", judging, LEAST_JUDGING)
     _check_installed()
     _check_folder(folder, window)
     with _quiet():
@@ -96,9 +93,56 @@ def language_task(
     return Task(
         name=f"{folder.resolve().name}, {text.name}",
         model=model,
-        examples=[learned[:1], *learned[1:].split(_BATCH)],
+        examples=in_batches(learned),
         score=Judge(judged, prompts),
     )
+
+
+def calibrating_windows(
+    folder: str | Path, text: str | Path, *, window: int = 256, calibrating: int = CALIBRATING
+) -> torch.Tensor:
+    """The windows that `language_task` calibrates with, (windows, tokens) int64; the model's weights are not read.
+
+    Raises as `language_task` does.
+    """
+    folder, text = Path(folder), Path(text)
+    _check_count("window", window, SMALLEST_WINDOW)
+    _check_count("calibrating", calibrating, LEAST_CALIBRATING)
+    _check_installed()
+    _check_folder(folder, window)
+    first, _ = parts(read_text(text))
+    with _quiet():
+        return _part(
+            _tokenizer(folder), first, (calibrating, window), (LEAST_CALIBRATING, "first 60 %", text)
+        )
+
+
+def hollow_model(folder: Path) -> Logits:
+    """The folder's model with its parameters on the meta device, where they take no memory, and its buffers real.
+
+    Raises ModelError when transformers does not know it.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    make: Any = AutoModelForCausalLM.from_config
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with _quiet(), _parameters_on_meta():
+            model = make(config, dtype=torch.float32, trust_remote_code=False)
+    except Exception as error:  # transformers answers a foreign folder with errors of many kinds
+        raise ModelError(
+            "transformers must know the causal language model",
+            got=first_line(error),
+            where=str(folder),
+            way_out="write it with model.save_pretrained(FOLDER); code in the folder is not run",
+        ) from error
+    model.config.use_cache = False
+    return Logits(model).eval().requires_grad_(False)
+
+
+def in_batches(learned: torch.Tensor) -> list[torch.Tensor]:
+    """Calibrating windows as examples: the first by itself, the others four at a time."""
+    return [learned[:1], *learned[1:].split(_BATCH)]
 
 
 def likelihoods(predict: Predict, window: torch.Tensor) -> torch.Tensor:
@@ -109,6 +153,11 @@ def likelihoods(predict: Predict, window: torch.Tensor) -> torch.Tensor:
 def of_right_tokens(logits: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
     """The log-probability that logits (tokens, vocabulary) give to the tokens that follow: (tokens - 1,) float64, nats."""
     return -nn.functional.cross_entropy(logits[:-1].float(), window[1:], reduction="none").double()
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if type(value) is not int or value < least:
+        raise UsageError(f"{name} must be an integer from {least} up", got=repr(value), where=name)
 
 
 def _check_installed() -> None:
@@ -177,21 +226,22 @@ def _windows(
     """Windows that calibrate and that judge, each begun as the tokenizer begins a text."""
     first, last = parts(read_text(text))
     tokenizer = _tokenizer(folder)
+    learned = _part(tokenizer, first, (counts[0], size), (LEAST_CALIBRATING, "first 60 %", text))
+    return learned, _part(tokenizer, last, (counts[1], size), (LEAST_JUDGING, "last 38 %", text))
+
+
+def _part(tokenizer: Any, part: str, wanted: tuple[int, int], least: tuple[int, str, Path]) -> torch.Tensor:
+    """At most (so many windows of so many tokens) of a part of a text; least: how many it must give, its name, its file."""
+    count, size = wanted
 
     def encode(part: str) -> list[int]:
         ids: list[int] = tokenizer(part, add_special_tokens=False)["input_ids"]
         return ids
 
-    front = _front(tokenizer)
-    learned, judged = (
-        windows(part, encode, count, size - len(front))
-        for part, count in zip((first, last), counts, strict=True)
-    )
-    require(learned, LEAST_CALIBRATING, first, encode, "first 60 %", text)
-    require(judged, LEAST_JUDGING, last, encode, "last 38 %", text)
-    marks = torch.tensor(front, dtype=torch.int64)
-    begun = [torch.cat((marks.expand(len(found), -1), found), dim=1) for found in (learned, judged)]
-    return begun[0], begun[1]
+    marks = torch.tensor(_front(tokenizer), dtype=torch.int64)
+    found = windows(part, encode, count, size - len(marks))
+    require(found, least[0], part, encode, *least[1:])
+    return torch.cat((marks.expand(len(found), -1), found), dim=1)
 
 
 def _front(tokenizer: Any) -> list[int]:
@@ -276,6 +326,25 @@ def _check_model(model: Logits, found: torch.Tensor, folder: Path) -> None:
             where=str(folder),
             way_out="an encoder is optimized by a task file: give PATH.py",
         )
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Let every parameter of a module go to the meta device as soon as it is there."""
+
+    def leave(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:  # a tied one is there already, and stays one
+            return None
+        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+    register: Any = (
+        register_module_parameter_registration_hook  # its annotations leave out what a hook may give
+    )
+    hook = register(leave)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextlib.contextmanager

@@ -11,13 +11,18 @@ from torch import nn
 
 from flyweight import discover
 from flyweight.analysis.machine import instructions
+from flyweight.planning.allocate import Level, allocate
+from flyweight.planning.damage import predicted
 from flyweight.records import JSON, Goal, Plan, Site, Step
-from flyweight.transforms import _options
+from flyweight.transforms import Context, _options
+from flyweight.transforms.weight_only import nbytes
 
 LOW_BITS = (4, 3)
 """Widths below 8 bits that are tried; fewer break any sensible contract without training."""
 LOSSES = (0.01, 0.1, 0.3, 1.0)
 """What Huffman-coded weights may add to the model's loss (nats) by prediction; what they do is measured."""
+FEW_ROWS = 16
+"""Inputs that a weight meets in one prediction up to which reading it takes longer than multiplying with it."""
 _ORIGINAL = "float32"
 BASELINE = "torch"
 """The runtime of the original, with which every candidate is compared."""
@@ -69,14 +74,22 @@ class Candidate:
         return dataclasses.replace(self, spared=tuple(sites))
 
 
-def families(model: nn.Module, sites: Sequence[Site], goal: Goal) -> list[Family]:
-    """The ways to treat a model worth trying for a goal; the first leaves it alone."""
+def families(
+    model: nn.Module, sites: Sequence[Site], goal: Goal, context: Context | None = None
+) -> list[Family]:
+    """The ways to treat a model worth trying for a goal; the first leaves it alone.
+
+    With what is known of the sites also one whose bits differ from layer to layer.
+    """
     stored = _steps(model, sites, "weight_only", {})
     found = [Family(_ORIGINAL), Family("int8 weights", stored)]
     if goal.minimize == "size":
         found += _entropy(model, sites, stored)
     if goal.minimize != "latency":
-        found += _low_bit(model, sites, stored)
+        low = _low_bit(model, sites, stored)
+        found += low
+        found += _mixed(model, sites, low[0], context) if low and context is not None else []
+    found += _blocks(model, sites, stored)
     found += _int8(model, sites, stored)
     return [family for family in found if family.steps or family.name == _ORIGINAL]
 
@@ -95,6 +108,40 @@ def _low_bit(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]
             found.append(Family(f"int{bits} weights", steps, gentler))
             gentler = steps
     return found
+
+
+def _mixed(model: nn.Module, sites: Sequence[Site], low: Family, context: Context) -> list[Family]:
+    """A family's bits where they do least harm, and the gentler ones elsewhere: half way between the two in bytes.
+
+    Harm is predicted for rounding to nearest, since only its order from layer to layer counts here.
+    """
+    levels: dict[str, list[Level]] = {}
+    for site in sites:
+        for step in (low.steps.get(site.name), low.gentler.get(site.name)):
+            if step is None:
+                continue
+            plain = {k: v for k, v in step.options.items() if k != "rounding"}
+            damage = predicted(model, site, Step(step.method, step.site, plain), context)
+            if damage is not None:
+                size = nbytes(model.get_submodule(site.name), site, step.options)
+                levels.setdefault(site.name, []).append(Level(step, size, damage))
+    levels = {name: some for name, some in levels.items() if len({level.bytes for level in some}) > 1}
+    chosen = allocate(levels, sum(level.bytes for some in levels.values() for level in some) / 2)
+    if not chosen or len({level.step.method + str(level.step.options) for level in chosen.values()}) < 2:
+        return []
+    steps = {**low.steps, **{name: level.step for name, level in chosen.items()}}
+    return [Family(f"{low.name.removesuffix(' weights')} and int8 weights", steps, low.gentler)]
+
+
+def _blocks(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
+    """4-bit weights multiplied as they are, where a prediction is short: then the time goes into reading weights."""
+    linear = [site for site in sites if site.kind == "linear" and site.macs]
+    if sum(s.macs for s in linear) > FEW_ROWS * sum(s.parameters for s in linear):
+        return []
+    steps: dict[str, Step] = {}
+    for rounding in ({}, {"rounding": "error_feedback"}):
+        steps |= _steps(model, sites, "block_int8", rounding)
+    return [Family("int4 blocks, int8 inputs", {**stored, **steps}, stored)] if steps else []
 
 
 def _entropy(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
@@ -129,14 +176,16 @@ def _ranged(
 ) -> list[Family]:
     options: dict[str, JSON] = {} if reduced else {"reduced": False}
     ending = "" if reduced else ", full range"
-    dynamic, static = (_steps(model, sites, method, options) for method in ("dynamic_int8", "static_int8"))
+    static = _steps(model, sites, "static_int8", options)
+    convolutions = {s.name: static[s.name] for s in sites if s.kind == "conv" and s.name in static}
+    # ONNX Runtime decodes stored weights only once where no activation has a fixed range.
+    gentler = {} if convolutions else stored
     found = []
-    if dynamic:
-        convolutions = {s.name: static[s.name] for s in sites if s.kind == "conv" and s.name in static}
-        name = "static and dynamic int8" if convolutions else "dynamic int8"
-        # ONNX Runtime decodes stored weights only once where no activation has a fixed range.
-        gentler = {} if convolutions else stored
-        found.append(Family(name + ending, {**stored, **convolutions, **dynamic}, gentler))
+    for rows in (False, True):
+        dynamic = _steps(model, sites, "dynamic_int8", {**options, "per_row": rows})
+        if dynamic:
+            name = ("static and dynamic int8" if convolutions else "dynamic int8") + " per row" * rows
+            found.append(Family(name + ending, {**stored, **convolutions, **dynamic}, gentler))
     if static:
         found.append(Family("static int8" + ending, {**stored, **static}))
     return found

@@ -6,6 +6,7 @@ never disturbs a measurement. It goes to stderr, so that stdout stays for the re
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -22,7 +23,8 @@ BAR = 16
 class Progress:
     """A context manager that tells stage, step, time left and the best so far on stderr; silent when not enabled.
 
-    enabled: whether to say anything. within: the time for the whole run, in seconds, which bounds the time left.
+    enabled: whether to say anything. within: the time for the whole run, in seconds, which bounds the time left;
+    it may be infinite.
     An output that can no longer be written is left alone: it must not end a run of hours.
     """
 
@@ -111,7 +113,7 @@ class Progress:
         now = time.monotonic()
         allowed = max(0.0, self._within - (now - self._begin))
         if not self._finished or not self._total:
-            return f"at most {_rough(allowed)} left"
+            return f"at most {_rough(allowed)} left" if math.isfinite(allowed) else ""
         remaining = max(0, self._total - self._finished)
         pace = (now - self._stage_begin) / self._finished
         return f"about {_rough(min(allowed, pace * remaining))} left" if remaining else "stage finished"

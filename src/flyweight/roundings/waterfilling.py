@@ -68,7 +68,7 @@ class Options:
     damping: float = 0.03
     """Added to the Gram matrix's diagonal, as a share of its mean, in [0, 1]; more where the matrix is singular."""
     drift: float = 0.0
-    """Share of the earlier layers' changes that this layer makes up for, in [0, 1]; above 0 needs Seen.cross."""
+    """Share of the earlier layers' changes that this layer makes up for, in [0, 1]; without Seen.cross there are none."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -156,6 +156,9 @@ def _in_halves(grid: Grid) -> bool:
 def _grid(task: _Task, water: float) -> Grid:
     """The grid at a water level."""
     scales = task.rows.double() * (water * task.unit)
+    if len(scales) > task.grid.group:  # else a few large channels would make a column's steps coarser for all
+        needed = (task.target / task.columns).abs().amax(1, keepdim=True) / _ROOM
+        scales = torch.maximum(scales, needed.double())
     if _in_halves(task.grid):
         scales = scales.clamp(2.0**-24, 65504).half()
     scales = scales.float().clamp(1e-30, 1e30)

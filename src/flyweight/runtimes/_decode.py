@@ -20,11 +20,13 @@ from flyweight.transforms import QuantizedLayer
 
 def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -> str:
     """Nodes that decode a layer's weight, (I, O) if turned, else in the layer's own shape; returns the floats' name."""
+    integers, grid = module.encoded()
+    if turned and owner in low.by_rows and grid.columns is None:
+        return low.turned(decoded(low, owner, module, turned=False))
     name = f"{owner}decoded"
     if name in low.dynamic:
         return name
     low.dynamic.add(name)
-    integers, grid = module.encoded()
     plain = grid.table is None and (turned or grid.scales.shape[1] == 1)
     made = name if turned or plain else f"{name}.flat"
     scaled = made if grid.columns is None else f"{name}.scaled"
@@ -35,7 +37,7 @@ def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -
         _table(low, owner, (integers, grid), scaled, turned=turned)
     if grid.columns is not None:
         form = (module.columns, 1) if turned else (1, *module.shape[1:]) if plain else (1, module.columns)
-        low.node("Mul", [scaled, _floats(low, f"{owner}factors", tuple(form))], made)
+        low.node("Mul", [scaled, floats(low, f"{owner}factors", tuple(form))], made)
     if made != name:
         low.node("Reshape", [made, low.small(f"{name}.shape", torch.tensor(module.shape))], name)
     return name
@@ -45,7 +47,11 @@ def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> 
     """Nodes that decode the rows of an embedding that its ids name; returns the floats' name, which is y."""
     integers, grid = module.encoded()
     integers = integers if grid.table is None else integers - grid.low
-    found = _integer_rows(low, f"{owner}integers", integers, _kind(grid), (ids, y))
+    if grid.columns is None:
+        found = _integer_rows(low, f"{owner}integers", integers, _kind(low, owner, grid), (ids, y))
+    else:  # column after column, as the code stores them: fewer bytes in a compressed file
+        stored = _stored(low, f"{owner}integers", integers, _kind(low, owner, grid), turned=True)
+        found = low.node("Gather", [low.turned(stored), ids], f"{y}.codes")
     if grid.table is None:
         levels = low.node("Cast", [found], f"{y}.rows", to=onnx.TensorProto.FLOAT)
     else:
@@ -69,23 +75,35 @@ def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> 
         outer = low.node("Concat", [f"{y}.ids", whole], f"{y}.outer", axis=0)
         levels = low.node("Reshape", [levels, outer], f"{y}.whole")
     if grid.columns is not None:
-        levels = low.node(
-            "Mul", [levels, _floats(low, f"{owner}factors", (module.columns,))], f"{y}.factored"
-        )
+        levels = low.node("Mul", [levels, floats(low, f"{owner}factors", (module.columns,))], f"{y}.factored")
     return low.node("Identity", [levels], y)
 
 
 def _integer_rows(low: Lowered, key: str, integers: torch.Tensor, kind: str, ends: tuple[str, str]) -> str:
     """Rows of integers (V, D) by ids: runtimes gather bytes, not halves of them, so these are split afterwards."""
     ids, y = ends
-    if kind.endswith("8") or integers.shape[1] % 2:
-        return low.node(
-            "Gather", [_stored(low, key, integers, f"{kind[:-1]}8", turned=False), ids], f"{y}.codes"
-        )
+    if kind.endswith("8"):
+        return low.node("Gather", [_stored(low, key, integers, kind, turned=False), ids], f"{y}.codes")
     shape = (integers.shape[0], integers.shape[1] // 2)
     if key not in low.layouts:
         low.weights[key], low.layouts[key] = as_stored(integers, kind, turned=False)
     pairs = low.node("Gather", [low.stored(key, KINDS["uint8"], shape), ids], f"{y}.pairs")
+    split = _halves(low, pairs, y)
+    width = low.small(f"{y}.columns", torch.tensor([integers.shape[1]]))
+    whole = low.node(
+        "Concat", [low.node("Shape", [ids], f"{y}.shape_of_ids"), width], f"{y}.row_shape", axis=0
+    )
+    found = low.node("Reshape", [split, whole], f"{y}.codes")
+    if kind == "uint4":
+        return found
+    sixteen = low.small(f"{y}.turn_size", torch.tensor(16.0))
+    lifted = low.node("Add", [found, low.small(f"{y}.eight", torch.tensor(8.0))], f"{y}.lifted")
+    turns = low.node("Floor", [low.node("Div", [lifted, sixteen], f"{y}.turn")], f"{y}.turns")
+    return low.node("Sub", [found, low.node("Mul", [turns, sixteen], f"{y}.wrap")], f"{y}.integers")
+
+
+def _halves(low: Lowered, pairs: str, y: str) -> str:
+    """Nodes that split bytes (...) into halves (..., 2), the low one first, as float32; returns their name."""
     # In floating point: OpenVINO's shifts of bytes do not give what ONNX says.
     both = low.node("Cast", [pairs], f"{y}.both", to=onnx.TensorProto.FLOAT)
     sixteen, last = (
@@ -94,28 +112,20 @@ def _integer_rows(low: Lowered, key: str, integers: torch.Tensor, kind: str, end
     second = low.node("Floor", [low.node("Div", [both, sixteen], f"{y}.quotient")], f"{y}.second")
     first = low.node("Sub", [both, low.node("Mul", [second, sixteen], f"{y}.above")], f"{y}.first_half")
     wide = [low.node("Unsqueeze", [half, last], f"{half}.wide") for half in (first, second)]
-    split = low.node("Concat", wide, f"{y}.split", axis=-1)
-    width = low.small(f"{y}.columns", torch.tensor([integers.shape[1]]))
-    whole = low.node(
-        "Concat", [low.node("Shape", [ids], f"{y}.shape_of_ids"), width], f"{y}.row_shape", axis=0
-    )
-    found = low.node("Reshape", [split, whole], f"{y}.codes")
-    if kind == "uint4":
-        return found
-    lifted = low.node("Add", [found, low.small(f"{y}.eight", torch.tensor(8.0))], f"{y}.lifted")
-    turns = low.node("Floor", [low.node("Div", [lifted, sixteen], f"{y}.turn")], f"{y}.turns")
-    return low.node("Sub", [found, low.node("Mul", [turns, sixteen], f"{y}.wrap")], f"{y}.integers")
+    return low.node("Concat", wide, f"{y}.split", axis=-1)
 
 
 def product_integers(low: Lowered, owner: str, module: QuantizedLayer) -> str:
     """The name of a layer's int8 integers (I, O)."""
-    return _stored(low, f"{owner}integers", module.encoded()[0], "int8", turned=True)
+    rows = owner in low.by_rows
+    found = _stored(low, f"{owner}integers", module.encoded()[0], "int8", turned=not rows)
+    return low.turned(found) if rows else found
 
 
 def scales(low: Lowered, owner: str, module: QuantizedLayer) -> str:
     """The name of float32 scales, one a channel (O,), or one for the whole tensor ()."""
     key, count = f"{owner}scales", module.stored()["scales"].numel()
-    return _floats(low, key, () if count == 1 and module.rows > 1 else (count,))
+    return floats(low, key, () if count == 1 and module.rows > 1 else (count,))
 
 
 def _even(
@@ -129,7 +139,7 @@ def _even(
 ) -> None:
     """DequantizeLinear per tensor, per channel or in blocks."""
     integers, grid = encoded
-    kind = _kind(grid)
+    kind = _kind(low, owner, grid)
     inputs = [_stored(low, f"{owner}integers", integers, kind, turned=turned, shape=shape)]
     groups, stored = grid.scales.shape[1], low.weights[f"{owner}scales"]
     if stored.numel() == 1 and grid.scales.numel() > 1:
@@ -142,7 +152,7 @@ def _even(
         attributes = {"axis": 0 if turned else 1, "block_size": grid.group}
         if turned:
             _turn(low, f"{owner}scales")
-    inputs.append(_floats(low, f"{owner}scales", form))
+    inputs.append(floats(low, f"{owner}scales", form))
     if grid.zeros is not None:
         zeros = grid.zeros[:1] if form == () else grid.zeros
         inputs.append(
@@ -156,7 +166,7 @@ def _even(
 def _table(low: Lowered, owner: str, encoded: tuple[torch.Tensor, Grid], name: str, *, turned: bool) -> None:
     """Gather from the table, times the scales."""
     integers, grid = encoded
-    index = _stored(low, f"{owner}integers", integers - grid.low, _kind(grid), turned=turned)
+    index = _stored(low, f"{owner}integers", integers - grid.low, _kind(low, owner, grid), turned=turned)
     index = low.node("Cast", [index], f"{name}.index", to=onnx.TensorProto.INT32)
     table, outputs, groups = _table_values(low, owner, grid), len(integers), grid.scales.shape[1]
     if grid.table is not None and len(grid.table) > 1:
@@ -169,7 +179,7 @@ def _table(low: Lowered, owner: str, encoded: tuple[torch.Tensor, Grid], name: s
     if groups == 1:
         form: tuple[int, ...] = (1, outputs) if turned else (outputs, 1)
         one = low.weights[f"{owner}scales"].numel() == 1
-        low.node("Mul", [levels, _floats(low, f"{owner}scales", () if one else form)], name)
+        low.node("Mul", [levels, floats(low, f"{owner}scales", () if one else form)], name)
         return
     inner = (groups, grid.group, outputs) if turned else (outputs, groups, grid.group)
     form = (groups, 1, outputs) if turned else (outputs, groups, 1)
@@ -178,7 +188,7 @@ def _table(low: Lowered, owner: str, encoded: tuple[torch.Tensor, Grid], name: s
     grouped = low.node(
         "Reshape", [levels, low.small(f"{name}.inner", torch.tensor(inner))], f"{name}.grouped"
     )
-    scaled = low.node("Mul", [grouped, _floats(low, f"{owner}scales", form)], f"{name}.scaled")
+    scaled = low.node("Mul", [grouped, floats(low, f"{owner}scales", form)], f"{name}.scaled")
     whole = tuple(integers.T.shape) if turned else tuple(integers.shape)
     low.node("Reshape", [scaled, low.small(f"{name}.whole", torch.tensor(whole))], name)
 
@@ -187,7 +197,7 @@ def _table_values(low: Lowered, owner: str, grid: Grid) -> str:
     """The name of the table's float32 values (P * entries,)."""
     table, key = cast(torch.Tensor, grid.table), f"{owner}table"
     if key in low.weights:
-        return _floats(low, key, (table.numel(),))
+        return floats(low, key, (table.numel(),))
     name = f"{key}.implied"  # of a number format: not stored
     if name not in low.dynamic:
         low.dynamic.add(name)
@@ -211,14 +221,9 @@ def _per_row(
     if kind == "zeros" and grid.zeros is not None:
         shared = module.stored()["scales"].numel() == 1
         zeros = (grid.zeros[:1] if shared else grid.zeros).to(torch.int16)
-        name = low.node(
-            "Cast",
-            [_stored(low, key, zeros, "uint8", turned=False)],
-            f"{y}.{kind}.float",
-            to=onnx.TensorProto.FLOAT,
-        )
+        name = _zero_floats(low, key, zeros, _kind(low, owner, grid))
     else:
-        name = _floats(low, key, tuple(low.weights[key].shape))
+        name = floats(low, key, tuple(low.weights[key].shape))
     if low.weights[key].shape[0] > 1 or module.rows == 1:
         name = low.node("Gather", [name, ids], f"{y}.{kind}")
     if groups == 1:
@@ -227,12 +232,32 @@ def _per_row(
     return low.node("Unsqueeze", [name, axis], f"{y}.{kind}.wide")
 
 
-def _kind(grid: Grid) -> str:
-    """The smallest element type for a grid's integers; a table's count from 0."""
-    low, high = (0, grid.high - grid.low) if grid.table is not None else (grid.low, grid.high)
-    if low < 0:
-        return "int4" if low >= -8 and high <= 7 else "int8"
-    return "uint4" if high <= 15 else "uint8"
+def _zero_floats(low: Lowered, key: str, zeros: torch.Tensor, kind: str) -> str:
+    """Nodes for zero points (R, C) as float32; halves of bytes are split. Returns their name."""
+    name = f"{key}.floats"
+    if name in low.dynamic:
+        return name
+    low.dynamic.add(name)
+    if kind.endswith("8"):
+        found = _stored(low, key, zeros, kind, turned=False)
+        return low.node("Cast", [found], name, to=onnx.TensorProto.FLOAT)
+    if key not in low.layouts:
+        low.weights[key], low.layouts[key] = as_stored(zeros, kind, turned=False)
+    pairs = low.stored(key, KINDS["uint8"], (low.weights[key].numel(),))
+    flat = low.node(
+        "Reshape", [_halves(low, pairs, name), low.small(f"{name}.flat", torch.tensor([-1]))], f"{name}.all"
+    )
+    ends = [low.small(f"{name}.{at}", torch.tensor([at])) for at in (0, zeros.numel())]
+    own = low.node("Slice", [flat, *ends], f"{name}.own")
+    return low.node("Reshape", [own, low.small(f"{name}.shape", torch.tensor(zeros.shape))], name)
+
+
+def _kind(low: Lowered, owner: str, grid: Grid) -> str:
+    """The smallest element type for a grid's integers; a table's count from 0. Rows that are looked up fill whole bytes."""
+    lowest, highest = (0, grid.high - grid.low) if grid.table is not None else (grid.low, grid.high)
+    odd = owner in low.by_rows and grid.scales.shape[1] * grid.group % 2
+    half = (lowest >= -8 and highest <= 7 if lowest < 0 else highest <= 15) and not odd
+    return f"{'int' if lowest < 0 else 'uint'}{4 if half else 8}"
 
 
 def _stored(
@@ -251,20 +276,23 @@ def _stored(
     return low.stored(key, KINDS[kind], whole if shape is None else shape)
 
 
-def _floats(low: Lowered, key: str, shape: tuple[int, ...]) -> str:
+def floats(low: Lowered, key: str, shape: tuple[int, ...]) -> str:
     """The name of stored numbers as float32."""
     tensor = low.weights[key]
     name = low.stored(key, shape=shape)
     if tensor.dtype == torch.float32:
         return name
-    cast = f"{key}.float32"
+    cast = f"{name}.float32"
     if cast in low.dynamic:
         return cast
     low.dynamic.add(cast)
     if tensor.dtype == torch.uint8:  # powers of two by their exponents
-        exact = low.node("Cast", [name], f"{key}.exponent", to=onnx.TensorProto.FLOAT)
-        bias, two = low.small(f"{key}.bias", torch.tensor(127.0)), low.small(f"{key}.two", torch.tensor(2.0))
-        return low.node("Pow", [two, low.node("Sub", [exact, bias], f"{key}.power")], cast)
+        exact = low.node("Cast", [name], f"{name}.exponent", to=onnx.TensorProto.FLOAT)
+        bias, two = (
+            low.small(f"{name}.bias", torch.tensor(127.0)),
+            low.small(f"{name}.two", torch.tensor(2.0)),
+        )
+        return low.node("Pow", [two, low.node("Sub", [exact, bias], f"{name}.power")], cast)
     return low.node("Cast", [name], cast, to=onnx.TensorProto.FLOAT)
 
 

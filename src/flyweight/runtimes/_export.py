@@ -7,6 +7,7 @@ sites in, as floats or integers, so hundreds of candidates cost one export. Need
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import logging
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
@@ -26,6 +28,7 @@ from flyweight.errors import ModelError, first_line
 from flyweight.inputs.check import run
 from flyweight.records import Batch, canonical
 from flyweight.runtimes import _structure
+from flyweight.runtimes._bags import bags
 from flyweight.runtimes._identity import identity, tensor_digest
 
 DOMAIN, OPSET = "flyweight", 21
@@ -117,6 +120,10 @@ class _Open(TorchFunctionMode):
         if kind is None:
             return func(*args, **(kwargs or {}))
         x, weight, bias, layout = operands(kind, args, kwargs or {})
+        if func is F.embedding_bag:
+            return bags(functools.partial(self._rows, weight), args, kwargs or {})
+        if kind == "embedding":
+            return self._rows(weight, x)
         attributes: dict[str, Any] = {"path": self._path, "kind": kind, "bias": int(bias is not None)}
         dtype = weight.dtype
         if kind == "conv":
@@ -125,10 +132,19 @@ class _Open(TorchFunctionMode):
             shape[-len(weight.shape[2:]) - 1] = weight.shape[0]
         else:
             width = weight.shape[0] if kind == "linear" else weight.shape[1]
-            shape = [*x.shape, width] if kind == "embedding" else [*x.shape[:-1], width]
+            shape = [*x.shape[:-1], width]
         return torch.onnx.ops.symbolic(
             f"{DOMAIN}::Site", [x], attributes, dtype=dtype, shape=shape, version=1
         )
+
+    def _rows(self, weight: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+        """An open node that looks up rows."""
+        attributes: dict[str, Any] = {"path": self._path, "kind": "embedding", "bias": 0}
+        shape = [*numbers.shape, weight.shape[1]]
+        found: torch.Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Site", [numbers], attributes, dtype=weight.dtype, shape=shape, version=1
+        )
+        return found
 
 
 def _conv_attributes(layout: Mapping[str, Any], kernel: Sequence[int]) -> dict[str, Any]:

@@ -20,6 +20,15 @@ from flyweight.records import JSON, Batch
 from flyweight.transforms import QuantizedLayer
 
 WEIGHTS, GRAPH, GGUF = "weights.safetensors", "model.onnx", "model.gguf"
+MODEL, CONFIG = "model.safetensors", "config.json"
+BESIDE = (
+    CONFIG,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+"""The files beside MODEL in a Hugging Face folder; the first must be there."""
 PACKED = f"{WEIGHTS}.gz"
 """WEIGHTS as a gzip file, for codes whose integers are far from evenly distributed."""
 _PIECE = 2**20
@@ -35,7 +44,8 @@ class Predictor:
     runtime: str
     call: Callable[[Batch], Any]
     files: tuple[Path, ...]
-    """The files to keep of what it runs, all in one folder; their names are WEIGHTS or PACKED, and GRAPH, or GGUF alone."""
+    """The files to keep of what it runs, all in one folder; their names are WEIGHTS or PACKED, and GRAPH, or GGUF
+    alone, or MODEL and those of BESIDE."""
     inputs: tuple[tuple[str, str, tuple[int | None, ...]], ...] = ()
     """Name, dtype and shape of each input; None: any size."""
     outputs: JSON = None

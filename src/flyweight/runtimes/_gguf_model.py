@@ -45,6 +45,14 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 def save(model: nn.Module, path: Path, tokenizer: Any = None) -> None:
     """Write a causal language model of a family in MODEL_TYPES as a GGUF; it comes whole or not at all.
 
+    Raises what `contents` does.
+    """
+    _gguf.write(path, *contents(model, tokenizer))
+
+
+def contents(model: nn.Module, tokenizer: Any = None) -> tuple[dict[str, Value], list[Tensor]]:
+    """The metadata and tensors of a model's GGUF.
+
     tokenizer: a fast byte-level BPE tokenizer of transformers; without one the file has no vocabulary and takes token
     numbers only. Raises ModelError, with the layer, when a GGUF cannot hold the model.
     """
@@ -52,7 +60,7 @@ def save(model: nn.Module, path: Path, tokenizer: Any = None) -> None:
     _check_complete(model, {tensor.name for tensor in found})
     size = _rows(model.get_submodule(_EMBEDDING))
     words = no_vocabulary() if tokenizer is None else vocabulary(tokenizer, size)
-    _gguf.write(path, {**_metadata(cast(Any, model).config, size), **words}, found)
+    return {**_metadata(cast(Any, model).config, size), **words}, found
 
 
 def causal(model: nn.Module) -> nn.Module:
@@ -146,7 +154,10 @@ def name_of(path: str) -> str:
 def _tied(model: nn.Module) -> bool:
     """Whether head and embedding are one tensor."""
     pair = [model.get_submodule(path) for path in (_EMBEDDING, _HEAD)]
-    one, two = (m.integers if isinstance(m, QuantizedLayer) else cast(torch.Tensor, m.weight) for m in pair)
+    one, two = (
+        next(iter(m.stored().values())) if isinstance(m, QuantizedLayer) else cast(torch.Tensor, m.weight)
+        for m in pair
+    )
     return pair[0] is pair[1] or (one.data_ptr() == two.data_ptr() and one.shape == two.shape)
 
 

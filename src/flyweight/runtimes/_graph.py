@@ -70,7 +70,8 @@ def write_graph(model: nn.Module, examples: Sequence[Batch], where: Path) -> Gra
     paths: dict[str, nn.Module] = {
         path: m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)
     }
-    paths |= {site.name: model.get_submodule(site.name) for site in analyse(model, examples[:1]).sites}
+    sites = analyse(model, examples[:1]).sites
+    paths |= {path: model.get_submodule(path) for site in sites for path in site.paths}
     outline = skeleton(model, paths, examples)
     low = lower(outline, model, paths)
     places = write_weights(low.weights, where / WEIGHTS)

@@ -1,7 +1,8 @@
 """How weights lie in a runtime's file where that differs from the PyTorch model's state, and the way back.
 
 A layout is "transposed", or the element type of integers, "int8", "uint8", "int4" or "uint4" (two to a byte, the first in
-the low half), turned or not: "int4 transposed". Shapes: integers are (R, C).
+the low half), turned or not: "int4 transposed". In "uint4 rows" every row begins with a byte of its own; in "uint4 rows
+shifted" 8 is added to every integer, in "uint8 rows shifted" 128. Shapes: integers are (R, C).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from flyweight.errors import ArtifactError
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
 
-TRANSPOSED = "transposed"
+TRANSPOSED, ROWS, SHIFTED = "transposed", "rows", "shifted"
 ONNX_ONLY = "onnx."
 """Prefix of stored constants that only the graph needs."""
 
@@ -30,6 +31,14 @@ def as_stored(integers: torch.Tensor, kind: str, *, turned: bool) -> tuple[torch
     if kind.endswith("4"):
         return pack(whole.reshape(1, -1), 4)[0], layout
     return whole.to(torch.int8 if kind == "int8" else torch.uint8), layout
+
+
+def as_rows(integers: torch.Tensor, bits: int, *, signed: bool) -> tuple[torch.Tensor, str]:
+    """Integers (R, C) as unsigned ones of 4 or 8 bits, row by row, half the range added if signed; and the layout's name."""
+    layout = f"uint{bits} {ROWS}"
+    if not signed:
+        return pack(integers, bits), layout
+    return pack(integers + 2 ** (bits - 1), bits), f"{layout} {SHIFTED}"
 
 
 def load_state(model: nn.Module, stored: Mapping[str, torch.Tensor], layouts: Mapping[str, str]) -> None:
@@ -61,7 +70,8 @@ def load_state(model: nn.Module, stored: Mapping[str, torch.Tensor], layouts: Ma
 
 def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor, layout: str) -> torch.Tensor:
     """A tensor as the model's state has it."""
-    kind, _, turned = layout.partition(" ")
+    kind, *words = layout.split(" ")
+    turned = TRANSPOSED in words
     if kind == TRANSPOSED:
         return tensor.T.contiguous() if tensor.ndim == 2 else tensor
     if not isinstance(module, QuantizedLayer):
@@ -75,10 +85,15 @@ def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor, layout: 
         else (1 if shared else module.rows, grid.scales.shape[1])
     )
     shape = shape[::-1] if turned else shape
+    rows = shape[0] if ROWS in words else 1
     if kind.endswith("4"):
-        found = unpack(tensor.reshape(1, -1), 4, shape[0] * shape[1], signed=kind == "int4").reshape(shape)
+        packed = tensor.reshape(rows, -1)
+        count = shape[0] * shape[1] // rows
+        found = unpack(packed, 4, count, signed=kind == "int4").reshape(shape)
     else:
         found = tensor.to(torch.int16).reshape(shape)
+    if SHIFTED in words:
+        found = found - (8 if kind.endswith("4") else 128)
     found = found.T.contiguous() if turned else found
     if name == "integers":
         integers = found + grid.low if grid.table is not None else found

@@ -2,7 +2,8 @@
 
 One standard ONNX file serves every runtime here: 8-bit products as QuantizeLinear/DequantizeLinear pairs (unsigned
 activations, signed weights per channel) or as DynamicQuantizeLinear with MatMulInteger, stored weights as
-DequantizeLinear (per channel or in blocks), embeddings as Gather of integer rows.
+DequantizeLinear (per channel or in blocks) or, where runtimes multiply them as they are, MatMulNBits, embeddings as Gather
+of integer rows.
 Weights are not in the graph: it refers by offset to `weights.safetensors`, so they are stored once.
 """
 
@@ -17,13 +18,13 @@ import torch
 from onnx import helper
 from torch import nn
 
-from flyweight.runtimes import _decode
+from flyweight.runtimes import _blocks, _decode
 from flyweight.runtimes._constants import constants
 from flyweight.runtimes._export import DOMAIN, Skeleton
 from flyweight.runtimes._layout import ONNX_ONLY, TRANSPOSED
 from flyweight.runtimes._lowered import TYPES, Lowered
 from flyweight.runtimes._pads import Pads, users
-from flyweight.runtimes._state import unique_state
+from flyweight.runtimes._state import stored_keys, unique_state
 from flyweight.transforms import QuantizedLayer
 
 IR_VERSION = 10
@@ -33,7 +34,8 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
     """The model's graph with every site filled in; model: the module the skeleton was made of."""
     proto = onnx.ModelProto()
     proto.ParseFromString(skeleton.graph)
-    low = Lowered(proto, unique_state(model))
+    low = Lowered(proto, unique_state(model), keys=stored_keys(model))
+    low.by_rows = {_owner(low, path, paths[path]) for path in _looked_up(proto)}
     _state_constants(low, paths)
     pads = Pads(proto)
     for node in proto.graph.node:
@@ -50,7 +52,7 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
 
 def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pads: Pads) -> None:
     kind, path = at["kind"].decode(), at["path"].decode()
-    owner = f"{path}." if path else ""  # the model itself may be the layer
+    owner = _owner(low, path, module)
     x, y = node.input[0], node.output[0]
     if kind == "embedding":
         _embedding(low, owner, module, x, y)
@@ -60,11 +62,28 @@ def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pad
     else:
         product = _product(low, owner, module, x, f"{y}.product" if at["bias"] else y)
         if at["bias"]:
-            low.node("Add", [product, low.stored(_bias(owner, module))], y)
+            low.node("Add", [product, low.stored(_bias(low, path, module))], y)
 
 
-def _bias(owner: str, module: nn.Module) -> str:
-    return f"{owner}inner.bias" if isinstance(module, QuantizedLayer) else f"{owner}bias"
+def _looked_up(proto: Any) -> list[str]:
+    """The paths of the open sites that are embeddings."""
+    open_sites = [node for node in proto.graph.node if node.domain == DOMAIN]
+    said = [{item.name: helper.get_attribute_value(item) for item in node.attribute} for node in open_sites]
+    return [at["path"].decode() for at in said if at["kind"] == b"embedding"]
+
+
+def _owner(low: Lowered, path: str, module: nn.Module) -> str:
+    """What the keys of a layer's stored weight begin with: those of the first layer that holds it."""
+    name = "integers" if isinstance(module, QuantizedLayer) else "weight"
+    return low.keys[f"{_prefix(path)}{name}"].removesuffix(name)
+
+
+def _prefix(path: str) -> str:
+    return f"{path}." if path else ""  # the model itself may be the layer
+
+
+def _bias(low: Lowered, path: str, module: nn.Module) -> str:
+    return low.keys[f"{_prefix(path)}{'inner.bias' if isinstance(module, QuantizedLayer) else 'bias'}"]
 
 
 def _embedding(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> None:
@@ -82,17 +101,43 @@ def _product(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> str
     """Nodes for x @ weight; returns the name of the product."""
     if not isinstance(module, QuantizedLayer):
         key = f"{owner}weight"
+        if owner in low.by_rows:
+            return low.node("MatMul", [x, low.turned(low.stored(key))], y)
         if isinstance(module, nn.Linear):
             _transpose(low, key)
         return low.node("MatMul", [x, low.stored(key)], y)
+    if _blocks.fits(low, owner, module):
+        return _blocks.product(low, owner, module, x, y)
     if module.activations == "dynamic":
         return _dynamic_product(low, owner, module, x, y)
+    if module.activations == "rows":
+        return _row_product(low, owner, module, x, y)
     if module.activations == "static":
-        if x not in low.grids:
-            low.grids[x] = _grid(module.input_grid)
-            low.alone.add(x)
-        x = f"{x}.rounded"
+        x = _rounded_input(low, module, x)
     return low.node("MatMul", [x, _decode.decoded(low, owner, module, turned=True)], y)
+
+
+def _rounded_input(low: Lowered, module: QuantizedLayer, x: str) -> str:
+    """The name of x as a linear layer rounds it: on the grid that x has, if that does as well, else on one of its own."""
+    grid = _grid(module.input_grid)
+    if x not in low.grids:
+        low.grids[x], low.tops[x] = grid, module.top
+        low.alone.add(x)
+    own, name = (grid, module.top), f"{x}.{grid[0]!r}.{grid[1]}.{module.top}"
+    if _alike((low.grids[x], low.tops[x]), own):
+        return f"{x}.rounded"
+    if name not in low.dynamic:
+        low.dynamic.add(name)
+        low.nodes += _rounding(low, x, name, own)
+    return f"{name}.rounded"
+
+
+def _alike(one: tuple[tuple[float, int], int], other: tuple[tuple[float, int], int]) -> bool:
+    """Whether two grids do as well: equal ones, and of 8 bits those whose steps differ by less than a tenth."""
+    if one == other:
+        return True
+    step, its = one[0][0], other[0][0]
+    return one[1] == other[1] == 255 and 0.9 * its < step < 1.1 * its
 
 
 def _dynamic_product(low: Lowered, owner: str, module: QuantizedLayer, x: str, y: str) -> str:
@@ -100,43 +145,91 @@ def _dynamic_product(low: Lowered, owner: str, module: QuantizedLayer, x: str, y
     if codes not in low.dynamic:
         low.dynamic.add(codes)
         low.nodes.append(helper.make_node("DynamicQuantizeLinear", [x], [codes, scales, zero]))
-    zeros = f"{owner}zero"
-    if zeros not in low.dynamic:
-        low.dynamic.add(zeros)
-        low.small(zeros, torch.zeros(module.rows, dtype=torch.int8))
     weight = _decode.product_integers(low, owner, module)
-    low.node("MatMulInteger", [codes, weight, zero, zeros], f"{y}.sum")
+    low.node("MatMulInteger", [codes, weight, zero, _weight_zeros(low, owner, module)], f"{y}.sum")
     low.node("Cast", [f"{y}.sum"], f"{y}.float", to=onnx.TensorProto.FLOAT)
     low.node("Mul", [scales, _decode.scales(low, owner, module)], f"{y}.scale")
     return low.node("Mul", [f"{y}.float", f"{y}.scale"], y)
 
 
+def _row_product(low: Lowered, owner: str, module: QuantizedLayer, x: str, y: str) -> str:
+    """The product of rows rounded each on a grid of its own: sum((q - z) w) = sum(q w) - z sum(w), in integers but for z."""
+    codes, steps, below = _rounded_rows(low, x)
+    weight, sums = _decode.product_integers(low, owner, module), f"{owner}sums"
+    if sums not in low.dynamic:  # over constants: runtimes compute it once, when they load it
+        low.dynamic.add(sums)
+        wide = low.node("Cast", [weight], f"{sums}.wide", to=onnx.TensorProto.FLOAT)
+        low.node("ReduceSum", [wide, low.small(f"{sums}.axis", torch.tensor([0]))], sums, keepdims=0)
+    nothing = low.small(f"{y}.nothing", torch.tensor(0, dtype=torch.uint8))
+    low.node("MatMulInteger", [codes, weight, nothing, _weight_zeros(low, owner, module)], f"{y}.sum")
+    low.node("Cast", [f"{y}.sum"], f"{y}.float", to=onnx.TensorProto.FLOAT)
+    low.node("Add", [f"{y}.float", low.node("Mul", [below, sums], f"{y}.below")], f"{y}.whole")
+    low.node("Mul", [f"{y}.whole", _decode.scales(low, owner, module)], f"{y}.scaled")
+    return low.node("Mul", [f"{y}.scaled", steps], y)
+
+
+def _rounded_rows(low: Lowered, x: str) -> tuple[str, str, str]:
+    """Names of x's unsigned 8-bit integers, of each row's step, and of its zero point times -1; layers share them."""
+    codes, steps, below = (f"{x}.{part}" for part in ("rows8", "rows8_step", "rows8_below"))
+    if codes in low.dynamic:
+        return codes, steps, below
+    low.dynamic.add(codes)
+
+    def constant(name: str, value: torch.Tensor) -> str:
+        return low.small(f"{codes}.{name}", value)
+
+    axis, nothing = constant("axis", torch.tensor([-1])), constant("nothing", torch.tensor(0.0))
+    ends = []
+    for kind, bound in (("ReduceMin", "Min"), ("ReduceMax", "Max")):
+        found = low.node(kind, [x, axis], f"{codes}.{kind}", keepdims=1)
+        ends.append(low.node(bound, [found, nothing], f"{codes}.{bound}"))
+    span = low.node("Sub", [ends[1], ends[0]], f"{codes}.span")
+    step = low.node("Div", [span, constant("top", torch.tensor(255.0))], f"{codes}.step")
+    low.node("Max", [step, constant("least", torch.tensor(1e-30))], steps)
+    low.node("Round", [low.node("Div", [ends[0], steps], f"{codes}.low")], below)
+    lifted = low.node("Sub", [low.node("Div", [x, steps], f"{codes}.ratios"), below], f"{codes}.lifted")
+    ones = [constant("one", torch.tensor(1.0)), constant("zero", torch.tensor(0, dtype=torch.uint8))]
+    low.node("QuantizeLinear", [lifted, *ones], codes)
+    return codes, steps, below
+
+
+def _weight_zeros(low: Lowered, owner: str, module: QuantizedLayer) -> str:
+    """The name of the zero points of a layer's int8 integers: all 0."""
+    zeros = f"{owner}zero"
+    if zeros not in low.dynamic:
+        low.dynamic.add(zeros)
+        low.small(zeros, torch.zeros(module.rows, dtype=torch.int8))
+    return zeros
+
+
 def _convolution(
     low: Lowered, owner: str, module: nn.Module, ends: tuple[str, str], at: Mapping[str, Any]
 ) -> None:
-    (x, y), bias = ends, [low.stored(_bias(owner, module))] if at["bias"] else []
+    (x, y), bias = ends, [low.stored(_bias(low, at["path"].decode(), module))] if at["bias"] else []
     layout = {name: at[name] for name in ("strides", "pads", "dilations", "group")}
     if not isinstance(module, QuantizedLayer):
         low.node("Conv", [x, low.stored(f"{owner}weight"), *bias], y, **layout)
         return
     name = _decode.decoded(low, owner, module, turned=False)
     if module.activations == "static":
-        step, _ = low.grids.setdefault(x, _grid(module.input_grid))
+        if x not in low.grids:
+            low.grids[x], low.tops[x] = _grid(module.input_grid), module.top
+        step, _ = low.grids[x]
         low.alone.discard(x)
         low.outputs.append((y, _grid(module.output_grid)))
         # Another layer may have chosen the input's grid. The weights' scales only allow for half of this layer's own.
         if bias and step > 0.5 * _grid(module.input_grid)[0]:
-            bias = [_integer_bias(low, owner, step, (bias[0], _decode.scales(low, owner, module)))]
+            bias = [_integer_bias(low, step, (bias[0], _decode.scales(low, owner, module)))]
     low.node("Conv", [x, name, *bias], y, **layout)
 
 
-def _integer_bias(low: Lowered, owner: str, step: float, given: tuple[str, str]) -> str:
+def _integer_bias(low: Lowered, step: float, given: tuple[str, str]) -> str:
     """The bias as 32-bit integers in units of input step times weight scale, as integer convolutions need it.
 
     The graph computes them from the stored bias; runtimes do so once, when they load it. Returns the name of the floats
     that the integers stand for.
     """
-    (bias, scales), name = given, f"{owner}bias.{step!r}"
+    (bias, scales), name = given, f"{given[0]}.{step!r}"
     if name not in low.dynamic:
         low.dynamic.add(name)
         low.node("Mul", [scales, low.small(f"{name}.step", torch.tensor(step))], f"{name}.steps")
@@ -196,7 +289,7 @@ def _round_activations(low: Lowered) -> None:
     produced = {name for node in low.nodes for name in node.output}
     outside = [name for name in low.grids if name not in produced]
     for name in outside:
-        nodes += _rounding(low, name)
+        nodes += _rounding(low, name, name, (low.grids[name], low.tops.get(name, 255)))
     results = {value.name for value in low.graph.graph.output}
     for node in low.nodes:
         for index, name in enumerate(
@@ -206,18 +299,26 @@ def _round_activations(low: Lowered) -> None:
         nodes.append(node)
         for name in node.output:
             if name in low.grids:
-                nodes += _rounding(low, name)
+                nodes += _rounding(low, name, name, (low.grids[name], low.tops.get(name, 255)))
     low.nodes = nodes
 
 
-def _rounding(low: Lowered, name: str) -> list[Any]:
-    scale, zero = low.grids[name]
+def _rounding(low: Lowered, x: str, name: str, form: tuple[tuple[float, int], int]) -> list[Any]:
+    """Nodes that round x on a grid (scale, zero point) of integers from 0 to the top one; they give NAME.rounded."""
+    (scale, zero), top = form
     grid = [
         low.small(f"{name}.scale8", torch.tensor(scale, dtype=torch.float32)),
         low.small(f"{name}.zero8", torch.tensor(zero, dtype=torch.uint8)),
     ]
+    nodes = []
+    if top < 255:  # fewer bits are fewer points of a grid of 8
+        ends = [-zero * scale, (top - zero) * scale]
+        bounds = [low.small(f"{name}.end{at}", torch.tensor(end)) for at, end in enumerate(ends)]
+        nodes.append(helper.make_node("Clip", [x, *bounds], [f"{name}.cut"]))
+        x = f"{name}.cut"
     return [
-        helper.make_node("QuantizeLinear", [name, *grid], [f"{name}.codes8"]),
+        *nodes,
+        helper.make_node("QuantizeLinear", [x, *grid], [f"{name}.codes8"]),
         helper.make_node("DequantizeLinear", [f"{name}.codes8", *grid], [f"{name}.rounded"]),
     ]
 

@@ -46,11 +46,17 @@ class Lowered:
     nodes: list[Any] = field(default_factory=list)
     grids: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Graph tensors that are to be rounded to an unsigned 8-bit grid."""
+    tops: dict[str, int] = field(default_factory=dict)
+    """The highest integer of those grids, where a layer has chosen it; else 255."""
     alone: set[str] = field(default_factory=set)
     """Those of them that only linear layers read rounded; a sum beside them gains nothing from rounding."""
     outputs: list[tuple[str, tuple[float, int]]] = field(default_factory=list)
     """Outputs of integer convolutions with their own grid, in order."""
     dynamic: set[str] = field(default_factory=set)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Every key of the model's state dict -> the key of `weights` that its tensor has."""
+    by_rows: set[str] = field(default_factory=set)
+    """Prefixes of keys of weights whose rows are looked up, so that they are not turned; products turn them by a node."""
 
     def node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
         """Append a node with one output; returns the output's name."""
@@ -68,11 +74,17 @@ class Lowered:
         return name
 
     def stored(self, key: str, kind: int | None = None, shape: Sequence[int] | None = None) -> str:
-        """A constant that lies in the weights under its key; returns its name."""
+        """A constant that lies in the weights under its key; returns its name: the key, and more for a second form of it."""
         tensor = self.weights[key]
-        self.refers[key] = (
-            key,
-            kind or TYPES[tensor.dtype],
-            tuple(tensor.shape if shape is None else shape),
-        )
-        return key
+        form = kind or TYPES[tensor.dtype], tuple(tensor.shape if shape is None else shape)
+        name = key if self.refers.get(key, (key, *form))[1:] == form else f"{key}.{form[0]}.{form[1]}"
+        self.refers[name] = (key, *form)
+        return name
+
+    def turned(self, name: str) -> str:
+        """A matrix the other way round; returns its name."""
+        found = f"{name}.turned"
+        if found not in self.dynamic:
+            self.dynamic.add(found)
+            self.node("Transpose", [name], found, perm=[1, 0])
+        return found

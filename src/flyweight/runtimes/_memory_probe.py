@@ -6,14 +6,15 @@ Usage: python _memory_probe.py RUNTIME GRAPH INPUTS.npz [KEY=VALUE ...]
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 RUNTIMES = ("onnxruntime", "openvino", "llamacpp")
-_PACKAGES = {"llamacpp": "llama_cpp"}
-"""Where a runtime's package has another name."""
 
 
 def resident() -> int:
@@ -40,8 +41,19 @@ def _status(name: str) -> int:
     return 0
 
 
+def _llama() -> ModuleType:
+    """The file beside this one that calls llama.cpp, ready: loading the package itself would load PyTorch."""
+    spec = importlib.util.spec_from_file_location("_llama", Path(__file__).with_name("_llama.py"))
+    if spec is None or spec.loader is None:
+        raise ImportError("_llama.py must lie beside this file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.load()
+    return module
+
+
 def _main(runtime: str, graph: str, inputs: str, *settings: str) -> None:
-    module = importlib.import_module(_PACKAGES.get(runtime, runtime))
+    module = _llama() if runtime == "llamacpp" else importlib.import_module(runtime)
     arrays = dict(np.load(inputs, allow_pickle=False))
     session = dict(item.split("=", 1) for item in settings)
     before = resident()
@@ -54,10 +66,10 @@ def _main(runtime: str, graph: str, inputs: str, *settings: str) -> None:
             loaded.run(None, arrays)
     elif runtime == "llamacpp":
         texts = next(iter(arrays.values()))
-        llama = module.Llama(graph, n_ctx=max(512, texts.shape[1]), logits_all=True, verbose=False)
+        llama = module.Model(Path(graph), max(512, texts.shape[1]), len(os.sched_getaffinity(0)))
         for text in (*texts.tolist(), *texts.tolist()):
-            llama.reset()
-            llama.eval(text)
+            llama.forget()
+            llama.read(text, every=True)
     else:
         core = module.Core()
         compiled = core.compile_model(core.read_model(graph), "CPU", session)

@@ -1,12 +1,12 @@
 """llama.cpp on the processor, for language models: needs the extra flyweight[llamacpp].
 
 It runs one file, model.gguf, which any llama.cpp takes. Logits are those of every token, from a 32-bit cache. If the model
-has an attribute `tokenizer`, the file holds its vocabulary; otherwise it takes token numbers only.
+has an attribute `tokenizer`, the file holds its vocabulary; otherwise it takes token numbers only. llama.cpp comes ready
+made in the wheel xllamacpp, whose library `_llama` calls.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from flyweight.analysis.machine import cores
 from flyweight.errors import DataError, ModelError, first_line
 from flyweight.inputs.check import run
 from flyweight.records import Batch
-from flyweight.runtimes import _structure
+from flyweight.runtimes import _llama, _structure
 from flyweight.runtimes._export import names, tensors
 from flyweight.runtimes._files import GGUF, Predictor, is_compressed, match
 from flyweight.runtimes._gguf_model import causal, save
@@ -31,6 +31,8 @@ FILE = True
 """Whether it runs from a file alone, without the task's model class."""
 SESSION: frozenset[str] = frozenset()
 """Session settings that an artifact may carry."""
+ROUNDS = True
+"""Whether it rounds the inputs of layers with stored integers by itself: to 8 bits, in blocks of 32."""
 _SHORTEST = 512
 """Tokens that the cache holds at first; it grows with the texts."""
 _SAME = 1e-4
@@ -39,14 +41,16 @@ _SAME = 1e-4
 
 def available() -> str | None:
     """None, or why it cannot run and how to get it."""
-    if importlib.util.find_spec("llama_cpp") is not None:
-        return None
-    return "llama_cpp not installed: pip install 'flyweight[llamacpp]', which builds it with cmake and a C++ compiler"
+    try:
+        _llama.load()
+    except OSError as error:
+        return f"{error}: pip install 'flyweight[llamacpp]'"
+    return None
 
 
 def refuse(methods: frozenset[str]) -> str | None:
     """Why a plan with these methods would not pay here, or None."""
-    if methods & {"dynamic_int8", "static_int8"}:
+    if methods & {"block_int8", "dynamic_int8", "static_int8"}:
         return "llama.cpp rounds activations in its own way; store weights as integers only"
     return None
 
@@ -82,13 +86,13 @@ def open_file(folder: Path, session: Mapping[str, str]) -> Run:
 
     Raises ModelError when llama.cpp does not take the file.
     """
-    opened = [Reader.open(folder / GGUF, _SHORTEST, every=True)]
+    opened = [Reader.open(folder / GGUF, _SHORTEST)]
 
     def call(inputs: dict[str, NDArray[Any]]) -> Sequence[NDArray[Any]]:
         tokens, *masks = inputs.values()
         _check(tokens, masks, opened[0].words)
         if tokens.shape[1] > opened[0].length:
-            opened[0] = Reader.open(folder / GGUF, tokens.shape[1], every=True)
+            opened[0] = Reader.open(folder / GGUF, tokens.shape[1])
         return [_logits(opened[0], tokens)]
 
     return call
@@ -98,47 +102,47 @@ def open_file(folder: Path, session: Mapping[str, str]) -> Run:
 class Reader:
     """A loaded file that reads tokens one after the other and keeps in its cache what it has read."""
 
-    llama: Any
-    """The package's Llama."""
-    length: int
-    """Tokens that the cache holds."""
-    words: int
-    """Tokens that the model knows."""
-    every: bool
-    """Whether logits are computed for every token, and not for the last only."""
+    model: _llama.Model
+    """The file in llama.cpp."""
 
     @staticmethod
-    def open(file: Path, length: int, *, every: bool = False) -> Reader:
+    def open(file: Path, length: int) -> Reader:
         """Load a GGUF with a cache for `length` tokens; ModelError when llama.cpp does not take it."""
-        import llama_cpp
-
         try:
-            llama = llama_cpp.Llama(
-                str(file),
-                n_gpu_layers=0,
-                n_ctx=length,
-                n_threads=cores(),
-                n_threads_batch=cores(),
-                type_k=llama_cpp.GGML_TYPE_F32,
-                type_v=llama_cpp.GGML_TYPE_F32,
-                logits_all=every,
-                verbose=False,
-            )
-        except (ValueError, RuntimeError) as error:
+            return Reader(_llama.Model(file, length, cores()))
+        except (ValueError, OSError) as error:
             raise ModelError("llama.cpp must be able to load the file", got=first_line(error)) from error
-        return Reader(llama, int(llama.n_ctx()), int(llama.n_vocab()), every)
+
+    @property
+    def length(self) -> int:
+        """Tokens that the cache holds."""
+        return self.model.length
+
+    @property
+    def words(self) -> int:
+        """Tokens that the model knows."""
+        return self.model.words
 
     def forget(self) -> None:
         """Empty the cache."""
-        self.llama.reset()
+        self.model.forget()
 
     def read(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Read tokens after those before; the logits (V,) that follow the last."""
-        import llama_cpp
+        """Read tokens after those before; the logits (V,) that follow the last.
 
-        self.llama.eval(list(tokens))
-        last = llama_cpp.llama_get_logits_ith(self.llama.ctx, -1)
-        return np.ctypeslib.as_array(last, shape=(self.words,)).copy()
+        Raises DataError for no token, one that the model does not know, or more than the cache holds.
+        """
+        return self._read(tokens, every=False).reshape(-1)
+
+    def read_all(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Read tokens (L,) after those before; the logits (L, V) that follow each. It raises what `read` does."""
+        return self._read(tokens, every=True)
+
+    def _read(self, tokens: Sequence[int], *, every: bool) -> NDArray[np.float32]:
+        try:
+            return self.model.read(tokens, every)
+        except ValueError as error:
+            raise DataError("llama.cpp must be able to read the tokens", got=first_line(error)) from error
 
 
 def _logits(reader: Reader, tokens: NDArray[Any]) -> NDArray[np.float32]:
@@ -148,8 +152,7 @@ def _logits(reader: Reader, tokens: NDArray[Any]) -> NDArray[np.float32]:
     for text, row in zip(tokens.tolist(), found, strict=True):
         if length:
             reader.forget()
-            reader.read(text)
-            row[:] = reader.llama.scores[:length]
+            row[:] = reader.read_all(text)
     return found
 
 

@@ -36,7 +36,8 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
     """Write the model's files to the folder `where` and load them.
 
     Weights that are only stored as integers are decoded when the session starts: the file stays small and the
-    arithmetic as fast as with floats. Raises ModelError when the model cannot be exported.
+    arithmetic as fast as with floats; linear layers of at most 4 bits in groups are multiplied as they are stored, and
+    stay small in memory too. Raises ModelError when the model cannot be exported.
     """
     graph = write_graph(model, examples, where)
     session = {} if graph.integer else dict(_DECODE_AT_LOAD)

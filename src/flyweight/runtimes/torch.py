@@ -24,7 +24,7 @@ def available() -> str | None:
 
 def refuse(methods: frozenset[str]) -> str | None:
     """Why a plan with these methods would not pay here, or None."""
-    if methods & {"dynamic_int8", "static_int8"}:
+    if methods & {"block_int8", "dynamic_int8", "static_int8"}:
         return "PyTorch decodes integer layers to floats, which is slower than leaving them alone"
     return None
 

@@ -34,6 +34,21 @@ class TiedLanguageModel(nn.Module):
         return logits
 
 
+class TiedProducts(nn.Module):
+    """(B, L) token numbers -> (B, L, vocabulary); an embedding, a layer and a head of another bias hold one square weight."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(vocabulary, vocabulary), nn.Linear(vocabulary, vocabulary)
+        self.head = nn.Linear(vocabulary, vocabulary)
+        self.mix.weight = self.head.weight = self.embed.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the next token."""
+        logits: Tensor = self.head(functional.gelu(self.mix(self.embed(tokens))))
+        return logits
+
+
 class CalledTwice(nn.Module):
     """(B, D) -> (B, D); one layer is called twice with different inputs."""
 

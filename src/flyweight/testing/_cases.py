@@ -64,7 +64,9 @@ class Case:
 
     def apply(self, model: nn.Module | None = None, context: Context | None = None) -> nn.Module:
         """The plan applied to the model, or to another, with what was seen of this one, or another context."""
-        seen = Context(self.analysis.statistics) if context is None else context
+        methods = {discover.method("transforms", step.method) for step in self.plan.steps}
+        few = self.examples if any(hasattr(method, "together") for method in methods) else ()
+        seen = Context(self.analysis.statistics, examples=few) if context is None else context
         return transforms.apply(self.model if model is None else model, self.plan, self.analysis.sites, seen)
 
 
@@ -105,16 +107,17 @@ def cases(method: str, entry: Zoo) -> Iterator[Case | str]:
 
 def plans_of(method: str, model: nn.Module, analysis: Analysis, examples: Sequence[Batch]) -> list[Plan]:
     """For every level that the method proposes: the plan with that level at all sites that take it."""
-    if method in transforms.ORDER:
+    module = discover.method("transforms", method)
+    fits = module.places(model, examples) if hasattr(module, "places") else None
+    if method in transforms.ORDER and fits is None:
         steps = tuple(
             Step(method, conv, {"norm": norm}) for conv, norm in trace(model, examples[0]).norms.items()
         )
         known = {site.name for site in analysis.sites}
         return [Plan(steps)] if steps and all(step.site in known for step in steps) else []
-    module = discover.method("transforms", method)
     found: dict[str, list[Step]] = {}
     for site in analysis.sites:
-        for options in module.levels(site):
+        for options in module.levels(site) if fits is None or site.name in fits else ():
             if module.refuse(site, options, model.get_submodule(site.name)) is None:
                 plain = _options.plain(options)
                 found.setdefault(json.dumps(plain), []).append(Step(method, site.name, plain))

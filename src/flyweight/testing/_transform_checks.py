@@ -92,10 +92,10 @@ def honest_size(case: Case) -> None:
 
 def ties_kept(case: Case) -> None:
     """What was tied stays tied."""
-    names = _ties(case.model)
-    if not names:
+    tied = _ties(case.model)
+    if not tied:
         raise NotApplicable("nothing is tied")
-    require(_ties(case.changed) == names, "ties are gone")
+    require(tied <= _ties(case.changed), "ties are gone")
 
 
 def twice(case: Case) -> None:
@@ -126,7 +126,10 @@ def refusal_truthful(case: Case) -> None:
 
 def others_untouched(case: Case) -> None:
     """What the plan does not name is as it was, bit for bit."""
-    places = {step.site for step in case.plan.steps}
+    if hasattr(discover.method("transforms", case.method), "together"):
+        raise NotApplicable("its steps change the layers around their sites too")
+    sites = {site.name: site for site in case.analysis.sites}
+    places = {path for step in case.plan.steps for path in sites[step.site].paths}
     places |= {
         str(value) for step in case.plan.steps for name, value in step.options.items() if name == "norm"
     }
@@ -183,13 +186,13 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def _ties(model: nn.Module) -> list[list[str]]:
-    """Names of parameters and buffers that are one."""
-    users: dict[int, list[str]] = {}
+def _ties(model: nn.Module) -> set[frozenset[str]]:
+    """Paths of modules that hold one parameter or buffer; a layer inside a quantized one counts as that."""
+    users: dict[int, set[str]] = {}
     for named in (model.named_parameters, model.named_buffers):
         for name, tensor in named(remove_duplicate=False):
-            users.setdefault(id(tensor), []).append(name)
-    return sorted(names for names in users.values() if len(names) > 1)
+            users.setdefault(id(tensor), set()).add(name.rpartition(".")[0].removesuffix(".inner"))
+    return {frozenset(paths) for paths in users.values() if len(paths) > 1}
 
 
 def _judge(case: Case, step: Step, reason: str | None, site: Site) -> None:

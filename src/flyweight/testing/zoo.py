@@ -272,6 +272,8 @@ ZOO: tuple[Zoo, ...] = (
     _zoo("mlp", _mlp, _vectors, "", "nothing: the control"),
     _zoo("tied_embedding", lambda: awkward.TiedLanguageModel(50, 16), _tokens, "tied embedding dynamic",
          "one weight, two uses: changing one unties it or changes both"),
+    _zoo("tied_products", lambda: awkward.TiedProducts(50), _tokens, "tied embedding dynamic",
+         "one weight in three places, two of which multiply with it and have biases of their own"),
     _zoo("called_twice", lambda: awkward.CalledTwice(16), _vectors, "reused",
          "statistics of two calls must be merged"),
     _zoo("dict_output", lambda: awkward.TwoHeads(16, "dict"), _vectors, "dict_output",

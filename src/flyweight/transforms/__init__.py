@@ -2,6 +2,8 @@
 
 A method file holds `Options`, `levels(site)`, `refuse(site, options, module)` and `replace(model, site, options, context)`,
 which returns new modules by path. `learns(options)` says which matrices it asks the context for.
+A method of ORDER whose steps change one another's layers has `together(model, steps, context)` besides: the new modules for
+all its steps, by site, and what is known of the changed model; its errors say at which site.
 `closeness(options)` says how far outputs may move; a method without it is exact.
 Copying, ordering, checking and refusing are done here, once for all methods.
 """
@@ -16,18 +18,20 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from flyweight import discover
+from flyweight.analysis.sites import kind_of
 from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
 from flyweight.records import Plan, Site, Step
 from flyweight.transforms import _options, _sequential
 from flyweight.transforms._contract import Context as Context
 from flyweight.transforms._copies import substitute as substitute
+from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
-ORDER = ("fold_batch_norm",)
-"""Methods that change structure, in order; all others change values and come after them."""
+ORDER = ("fold_batch_norm", "smooth")
+"""Methods that keep the function and change how it is computed, in order; all others come after them."""
 
 
 def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context) -> nn.Module:
@@ -37,7 +41,8 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
     """
     known = {site.name: site for site in sites}
     for stage in _stages(plan) or [[]]:  # no step at all still gives a copy
-        model = substitute(model, _changes(model, stage, known, context))
+        changes, context = _staged(model, stage, known, context)
+        model = substitute(model, changes)
     return model.eval()
 
 
@@ -65,6 +70,26 @@ def _stages(plan: Plan) -> list[list[tuple[int, Step]]]:
     return [stages[rank] for rank in sorted(stages)]
 
 
+def _staged(
+    model: nn.Module, stage: Sequence[tuple[int, Step]], known: Mapping[str, Site], context: Context
+) -> tuple[Mapping[str, nn.Module], Context]:
+    """The new modules of a stage, and the context of the model that has them."""
+    method = discover.method("transforms", stage[0][1].method) if stage else None
+    if method is None or not hasattr(method, "together"):
+        return _changes(model, stage, known, context), context
+    places = {step.site: f"steps[{index}]" for index, step in stage}
+    options = {step.site: _ready(model, step, places[step.site], known)[2] for _, step in stage}
+    try:
+        changes, after = method.together(model, options, context)
+    except UsageError as error:
+        raise UsageError(
+            f"{stage[0][1].method} does not fit {error.where}: {error.rule}",
+            got=error.got,
+            where=places.get(error.where, ""),
+        ) from None
+    return changes, after
+
+
 def _changes(
     model: nn.Module, stage: Sequence[tuple[int, Step]], known: Mapping[str, Site], context: Context
 ) -> Mapping[str, nn.Module]:
@@ -80,7 +105,8 @@ def _changes(
     if learning and len(context.examples) and not context.rebuilding:
         others = [path for path in ready if path not in learning]
         drifting = {path for path, wanted in wants.items() if wanted == "cross"}
-        work = _sequential.Work(learning, others, drifting, context, change)
+        tied = {path: known[path].tied for path in ready if known[path].tied}
+        work = _sequential.Work(learning, others, drifting, context, change, tied)
         found = _sequential.in_order(model, work)
         if found is not None:
             return found
@@ -108,12 +134,27 @@ def _replaced(
 ) -> Mapping[str, nn.Module]:
     method, site, options = ready
     try:
-        changes: Mapping[str, nn.Module] = method.replace(model, site, options, context)
+        return with_tied(model, site, method.replace(model, site, options, context))
     except UsageError as error:  # what only the whole model tells
         raise UsageError(
             f"{step.method} does not fit {site.name}: {error.rule}", got=error.got, where=where
         ) from None
-    return changes
+
+
+def with_tied(model: nn.Module, site: Site, changes: Mapping[str, nn.Module]) -> Mapping[str, nn.Module]:
+    """A method's new modules for a site, and for each module that is tied with it a layer over the same stored weight.
+
+    Inputs of lookups are never rounded, those of products as at the site. Raises UsageError for a new module of another kind,
+    which would have a weight of its own.
+    """
+    if not site.tied or site.name not in changes:
+        return changes
+    layer = changes[site.name]
+    if not isinstance(layer, QuantizedLayer):
+        raise UsageError("a weight that modules share must stay tied", got=f"with {', '.join(site.tied)}")
+    modules = {path: model.get_submodule(path) for path in site.tied}
+    beside = {path: layer.beside(m, rounding=kind_of(m) != "embedding") for path, m in modules.items()}
+    return {**changes, **beside}
 
 
 def _site(step: Step, where: str, known: Mapping[str, Site]) -> tuple[Site, Any]:

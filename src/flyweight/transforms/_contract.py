@@ -32,3 +32,5 @@ class Context:
     """If any, layers that learn from their inputs are changed in order, each learning behind the changes before it."""
     rebuilding: bool = False
     """A stored artifact is rebuilt: only the structure counts, its weights are loaded afterwards."""
+    training: bool = False
+    """The model will be trained: layers that learn keep what they need for it, until `transforms.frozen`."""

@@ -7,6 +7,7 @@ layer. Runtimes that compute with integers read the same buffers (`flyweight.run
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,10 @@ from torch.func import functional_call
 from flyweight import discover
 from flyweight.codes import Grid
 
-Activations = Literal["float", "dynamic", "static"]
+Activations = Literal["float", "dynamic", "rows", "static", "blocks"]
 
 
-class _Decoded(torch.Tensor):
+class Decoded(torch.Tensor):
     """A weight handed out to code that asks for it.
 
     Being no plain tensor, it keeps PyTorch's fused transformer layers from computing past the layer, which rounds its input.
@@ -56,23 +57,58 @@ class QuantizedLayer(nn.Module):
         self.rows, self.columns = encoded[0].shape
         self.code, self.options, self.transposed = code, options, transposed
         self.activations: Activations = "float"
+        self.top = 255
         self.inner = shell(inner)
         stored = discover.method("codes", code).store(*encoded, options)
         self.names = tuple(stored)
+        self.sharing: list[QuantizedLayer] = [self]
+        """The layers that hold these stored tensors, of modules whose weights were tied."""
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
 
-    def static(self, input_grid: tuple[float, int], output_grid: tuple[float, int] | None) -> QuantizedLayer:
-        """Round inputs to the unsigned 8-bit grid (scale, zero point); a runtime may also round outputs to theirs."""
-        self.activations = "static"
+    def beside(self, inner: nn.Module, *, rounding: bool) -> QuantizedLayer:
+        """A layer with the same stored tensors for a module whose weight is tied with this one's.
+
+        rounding: its inputs are rounded as this one's are.
+        """
+        twin = copy.copy(self)
+        nn.Module.__init__(twin)  # buffers, modules and hooks of its own
+        twin.inner, twin.training = shell(inner), self.training
+        twin.activations = self.activations if rounding else "float"
+        for name, tensor in self._buffers.items():
+            if rounding or name in self.names:
+                twin.register_buffer(name, tensor)
+        self.sharing.append(twin)
+        return twin
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> QuantizedLayer:
+        """Move or cast, and let the layers that share the weight go on sharing it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for other in self.sharing:
+            other._buffers.update({name: self._buffers[name] for name in self.names})
+        return self
+
+    def static(
+        self, input_grid: tuple[float, int], output_grid: tuple[float, int] | None, top: int = 255
+    ) -> QuantizedLayer:
+        """Round inputs to the unsigned grid (scale, zero point) of integers from 0 to top: 255 of 8 bits, 15 of 4.
+
+        A runtime may also round outputs to their 8-bit grid.
+        """
+        self.activations, self.top = "static", top
         for name, found in (("input", input_grid), ("output", output_grid)):
             if found is not None:
                 self.register_buffer(f"{name}_grid", torch.tensor(found, dtype=torch.float32))
         return self
 
-    def dynamic(self) -> QuantizedLayer:
-        """Round inputs to an unsigned 8-bit grid that is found anew for each input."""
-        self.activations = "dynamic"
+    def dynamic(self, *, rows: bool = False) -> QuantizedLayer:
+        """Round inputs to an unsigned 8-bit grid that is found anew for each input, or for each row of it."""
+        self.activations = "rows" if rows else "dynamic"
+        return self
+
+    def blocks(self) -> QuantizedLayer:
+        """Round each group of inputs with a common weight scale to signed 8-bit integers, found anew for each input."""
+        self.activations = "blocks"
         return self
 
     def stored(self) -> dict[str, torch.Tensor]:
@@ -89,7 +125,7 @@ class QuantizedLayer(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The decoded weight in the layer's own shape and dtype."""
-        return self._decoded().as_subclass(_Decoded)
+        return self._decoded().as_subclass(Decoded)
 
     def _decoded(self) -> torch.Tensor:
         integers, grid = self.encoded()
@@ -112,15 +148,17 @@ class QuantizedLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the inner layer computes with the decoded weight and the rounded input."""
         if self.activations != "float":
-            args, kwargs = _map_first(self._round, args, kwargs)
+            args, kwargs = map_first(self._round, args, kwargs)
         return functional_call(self.inner, {"weight": self._decoded()}, args, kwargs)
 
     def _round(self, x: torch.Tensor) -> torch.Tensor:
         if self.activations == "static":
-            return round_to(x, *self.input_grid)
+            return round_to(x, self.input_grid[0], self.input_grid[1], self.top)
         if not x.numel():
             return x
-        low, high = torch.aminmax(x)
+        if self.activations == "blocks":
+            return round_blocks(x, self.encoded()[1].group)
+        low, high = x.aminmax(dim=-1, keepdim=True) if self.activations == "rows" else x.aminmax()
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = ((high - low) / 255).clamp(min=1e-30)
         return round_to(x, scale, (-low / scale).round().clamp(0, 255))
@@ -133,10 +171,18 @@ def shell(layer: nn.Module) -> nn.Module:
     return hollow
 
 
-def round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
-    """The nearest points of an unsigned 8-bit grid."""
-    codes = (x / scale).round_().add_(zero).clamp_(0, 255)
+def round_to(x: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, top: int = 255) -> torch.Tensor:
+    """The nearest points of an unsigned grid with integers from 0 to top."""
+    codes = (x / scale).round_().add_(zero).clamp_(0, top)
     return codes.sub_(zero).mul_(scale).to(x.dtype)
+
+
+def round_blocks(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Inputs (..., I) at the nearest of 255 points from -m to m, m being the largest magnitude of each group of inputs."""
+    groups = x.unflatten(-1, (-1, group))
+    steps = (groups.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-30)
+    found: torch.Tensor = (groups / steps).round_().mul_(steps).flatten(-2).to(x.dtype)
+    return found
 
 
 def rows(module: nn.Module, kind: str) -> torch.Tensor:
@@ -150,9 +196,10 @@ def is_transposed(module: nn.Module, kind: str) -> bool:
     return kind == "linear" and not isinstance(module, nn.Linear)
 
 
-def _map_first(
+def map_first(
     function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with a function applied to the first of them."""
     if args:
         return (function(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))

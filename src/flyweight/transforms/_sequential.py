@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -43,11 +43,17 @@ class Work:
     context: Context
     change: Callable[[str, Context], Mapping[str, nn.Module]]
     """The new modules for a site, with what the context knows."""
+    tied: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """By site: the other modules that hold its weight, which change with it."""
 
     @property
     def sites(self) -> list[str]:
         """All sites."""
         return [*self.others, *self.learning]
+
+    def paths(self, site: str) -> tuple[str, ...]:
+        """All modules that change with a site."""
+        return (site, *self.tied.get(site, ()))
 
     def among(self, sites: Collection[str]) -> Work:
         """The work at some of its sites."""
@@ -123,9 +129,14 @@ def in_order(model: nn.Module, work: Work) -> Changes | None:
     chain = blocks.blocks(model, examples[0])
     if chain is None:
         return None
-    outside = {site for site in work.sites if not any(_inside(site, path) for path in chain.paths)}
-    order = blocks.calls(model, {*outside, chain.paths[0]}, examples[0])
-    early = set(order[: order.index(chain.paths[0])])
+    homes = {site: {_home(path, chain) for path in work.paths(site)} for site in work.sites}
+    if any(len(found) > 1 for found in homes.values()):
+        return None  # what a block shares with others cannot be changed when its turn comes
+    outside = {site for site, found in homes.items() if found == {None}}
+    watched = {path for site in outside for path in work.paths(site)}
+    order = blocks.calls(model, {*watched, chain.paths[0]}, examples[0])
+    before = order[: order.index(chain.paths[0])]
+    early = {site for site in outside if any(path in before for path in work.paths(site))}
     changes = _outside(model, {}, work.among(early))
     along = _along(model, chain, changes, work)
     if along is None:
@@ -168,7 +179,7 @@ def _behind(place: _Place, found: Changes, drifting: bool) -> tuple[tuple[torch.
 def _within(place: _Place, work: Work) -> Changes:
     """The new modules of a block: those that read one tensor together, and each behind the changes before it."""
     changes = _all(work.among(work.others), work.context)
-    for stage in _stages(place, work.learning):
+    for stage in _stages(place, work.learning, work.tied):
         part, own = work.among(stage.sites), {site: place.own(site) for site in stage.sites}
         current = place.side("current", changes, stage.until)
         drifted = changes or place.current is not place.original
@@ -177,7 +188,7 @@ def _within(place: _Place, work: Work) -> Changes:
     return changes
 
 
-def _stages(place: _Place, sites: Sequence[str]) -> list[_Stage]:
+def _stages(place: _Place, sites: Sequence[str], tied: Collection[str]) -> list[_Stage]:
     """Sites of a block in groups that read one tensor, as told by the first example, in the order in which they run."""
     if not sites:
         return []
@@ -187,7 +198,7 @@ def _stages(place: _Place, sites: Sequence[str]) -> list[_Stage]:
     for site in sorted(sites, key=lambda site: (order + tuple(paths)).index(place.own(site))):
         matrix = shared.get(place.own(site))
         groups.setdefault(site if matrix is None else id(matrix), []).append(site)
-    once = {site for site in sites if order.count(place.own(site)) == 1}
+    once = {site for site in sites if order.count(place.own(site)) == 1 and site not in tied}
     return [_Stage(group, group if once.issuperset(group) else []) for group in groups.values()]
 
 
@@ -223,6 +234,11 @@ def _after(
 ) -> tuple[torch.Tensor, ...]:
     """The hidden states behind a block, for those before it."""
     return tuple(blocks.leaving(block, given, state) for given, state in zip(arguments, states, strict=True))
+
+
+def _home(path: str, chain: Chain) -> str | None:
+    """The block that a module is in; None: it is outside the chain."""
+    return next((block for block in chain.paths if _inside(path, block)), None)
 
 
 def _inside(site: str, path: str) -> bool:

@@ -1,7 +1,7 @@
 """8-bit weights and 8-bit activations whose range is found anew for each input; the product is computed in integers.
 
-Weights per output channel; activations per tensor, unsigned, as in Jacob et al., "Quantization and Training of Neural
-Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv 1712.05877, 2018).
+Weights per output channel; activations per tensor or per row, unsigned, as in Jacob et al., "Quantization and Training of
+Neural Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv 1712.05877, 2018).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import nn
 
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
-from flyweight.transforms._int8 import int8, misfit
+from flyweight.transforms._int8 import cannot_add, corrected, int8, misfit, require_bias
 from flyweight.transforms._quantized import QuantizedLayer
 
 
@@ -23,11 +23,19 @@ class Options:
 
     reduced: bool = True
     """Weights in [-64, 64]: the 16-bit sums of processors without VNNI cannot saturate then."""
+    per_row: bool = False
+    """Each row of the input (a token, a sample) has a range of its own, not the whole input one: closer, and slower."""
+    bias: str = "correct"
+    """What the mean output loses by rounding the weight: keep losing it, correct the bias where there is one, or add one."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require_bias(self.bias)
 
 
 def levels(site: Site) -> Sequence[Options]:
     """The options worth trying at a site."""
-    return (Options(), Options(reduced=False)) if site.kind == "linear" else ()
+    return (Options(), Options(reduced=False), Options(per_row=True)) if site.kind == "linear" else ()
 
 
 def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
@@ -36,7 +44,7 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
         return "it is quantized already"
     if site.kind != "linear":
         return "dynamic ranges are for linear layers; use static_int8"
-    return misfit(module, site.kind)
+    return misfit(module, site.kind) or cannot_add(module, options.bias)
 
 
 def closeness(options: Options) -> float:
@@ -46,5 +54,7 @@ def closeness(options: Options) -> float:
 
 def replace(model: nn.Module, site: Site, options: Options, context: Context) -> Mapping[str, nn.Module]:
     """The quantized layer at its path; the model is not changed."""
-    layer = int8(model.get_submodule(site.name), site.kind, reduced=options.reduced)
-    return {site.name: layer.dynamic()}
+    module, seen = model.get_submodule(site.name), context.statistics.get(site.name)
+    layer = int8(module, site.kind, reduced=options.reduced)
+    corrected(layer, module, site.kind, None if seen is None else seen.mean, options.bias)
+    return {site.name: layer.dynamic(rows=options.per_row)}

@@ -14,7 +14,7 @@ from torch import nn
 from flyweight.codes._options import require
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
-from flyweight.transforms._int8 import activation_grid, int8, misfit
+from flyweight.transforms._int8 import activation_grid, cannot_add, corrected, int8, misfit, require_bias
 from flyweight.transforms._quantized import QuantizedLayer
 
 RANGES = ("minmax", "percentile", "mse")
@@ -28,10 +28,13 @@ class Options:
     """Weights in [-64, 64]: the 16-bit sums of processors without VNNI cannot saturate then."""
     range: str = "mse"
     """How the activations' range is chosen from the examples: minmax, percentile or mse."""
+    bias: str = "correct"
+    """What the mean output loses by rounding the weight: keep losing it, correct the bias where there is one, or add one."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         require(self.range in RANGES, "range", f"one of {', '.join(RANGES)}", self.range)
+        require_bias(self.bias)
 
 
 def levels(site: Site) -> Sequence[Options]:
@@ -45,7 +48,7 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
         return "it is quantized already"
     if site.kind == "embedding":
         return "embeddings have no input range; use weight_only"
-    return misfit(module, site.kind)
+    return misfit(module, site.kind) or cannot_add(module, options.bias)
 
 
 def closeness(options: Options) -> float:
@@ -61,7 +64,7 @@ def replace(model: nn.Module, site: Site, options: Options, context: Context) ->
     seen = context.statistics.get(site.name)
     input_grid = (1.0, 0) if seen is None else activation_grid(seen.input, options.range)
     output_grid = (1.0, 0) if seen is None else activation_grid(seen.output, options.range)
-    layer = int8(
-        model.get_submodule(site.name), site.kind, reduced=options.reduced, input_scale=input_grid[0]
-    )
+    module = model.get_submodule(site.name)
+    layer = int8(module, site.kind, reduced=options.reduced, input_scale=input_grid[0])
+    corrected(layer, module, site.kind, None if seen is None else seen.mean, options.bias)
     return {site.name: layer.static(input_grid, output_grid)}

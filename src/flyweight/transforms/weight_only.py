@@ -27,6 +27,8 @@ from flyweight.transforms._contract import Context
 from flyweight.transforms._quantized import QuantizedLayer, is_transposed, rows
 
 _CODE, _ROUNDING = "integer", "nearest"
+_LEAST = 1.0
+"""Shares of the mean importance added to each row of a tied weight: of rare words the examples tell too little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,13 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     return reason
 
 
+def nbytes(module: nn.Module, site: Site, options: Mapping[str, JSON]) -> int:
+    """Bytes of the site's stored weight in memory."""
+    chosen = read(options, site.name)
+    size: int = _code(chosen).nbytes(*rows(module, site.kind).shape, chosen.coding)
+    return size
+
+
 def learns(options: Options) -> Literal["nothing", "gram", "cross"]:
     """Which matrices `replace` asks the context for, behind the changes before the site: "cross" is both.
 
@@ -164,10 +173,16 @@ def _seen(site: Site, context: Context, energy: torch.Tensor | None, options: Op
     grams = _parts(gram)
     crosses = [None] * len(grams) if cross is None else _parts(cross)
     rounding = discover.method("roundings", options.rounding)
-    counts = context.rows(site.name) if getattr(rounding, "ROWS", False) else None
+    counts = _importance(site, context) if getattr(rounding, "ROWS", False) else None
     rows = [None] * len(grams) if counts is None else counts.chunk(len(grams))
     parts = zip(grams, crosses, rows, strict=True)
     return [Seen(energy=own.diagonal(), gram=own, cross=other, rows=count) for own, other, count in parts]
+
+
+def _importance(site: Site, context: Context) -> torch.Tensor | None:
+    """What each output channel counts, (O,), or None; rows that are looked up too count at least as the mean row does."""
+    counts = context.rows(site.name)
+    return counts if counts is None or not site.tied else counts + _LEAST * counts.mean()
 
 
 def _parts(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
