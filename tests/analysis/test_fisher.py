@@ -257,3 +257,12 @@ def test_every_model_of_the_zoo(entry: Any) -> None:
         transposed = not isinstance(model.get_submodule(path), nn.Linear) and weight.ndim == 2
         assert importance.shape == (weight.shape[1 if transposed else 0],)
         assert bool((importance >= 0).all())
+
+
+def test_it_ends_with_enough_predictions(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)).eval()
+    given = [torch.randn(6, 4) for _ in range(5)]
+    wanted = fisher(model, ["0"], given[:2], seed=0)["0"]
+    monkeypatch.setattr("flyweight.analysis.fisher.ENOUGH", 12)
+    assert torch.equal(fisher(model, ["0"], given, seed=0)["0"], wanted)

@@ -71,7 +71,7 @@ def test_a_run_survives_ctrl_c_a_termination_and_a_kill(
     assert third.returncode == -signal.SIGKILL, third.stderr
     for ended in (first, second):
         assert "Traceback" not in ended.stderr
-        assert "go on with optimize --resume" in ended.stderr.splitlines()[-1]
+        assert "go on with --resume" in ended.stderr.splitlines()[-1]
     last = start(*ARGV, "-o", str(tmp_path / "out"), "--resume", env={CALLS: str(tmp_path / "calls")})
     _, err = last.communicate(timeout=PATIENCE)
     assert last.returncode == 0, err

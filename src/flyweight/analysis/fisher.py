@@ -26,6 +26,9 @@ from flyweight.errors import DataError, first_line
 from flyweight.inputs._examples import shape
 from flyweight.records import Batch
 
+ENOUGH = 4096
+"""Predictions after which further examples change little."""
+
 
 def fisher(
     model: nn.Module, sites: Collection[str], examples: Sequence[Batch], *, seed: int
@@ -36,8 +39,9 @@ def fisher(
     prediction, so that layers of any kind compare: half of the sum over O of importance times error^2 is the
     Kullback-Leibler divergence of a prediction when every row of a linear layer has that error, one row a prediction.
     Embeddings have none, nor have sites that no example reaches or whose output the model's own does not follow
-    smoothly. The model is as before in the end. Raises DataError without examples, where a slope is NaN or infinite, or
-    where the model refuses an example, and what `grams` raises for sites.
+    smoothly. It ends with the example that makes ENOUGH predictions. The model is as before in the end. Raises DataError
+    without examples, where a slope is NaN or infinite, or where the model refuses an example, and what `grams` raises for
+    sites.
     """
     if not len(examples):
         raise DataError("there must be examples to learn what a layer's outputs count", got="none")
@@ -52,6 +56,8 @@ def fisher(
             predictions += count
             for path, square in _squares(edges, asked, slopes).items():
                 sums[path] = sums[path] + square if path in sums else square
+            if predictions >= ENOUGH:
+                break
     return {path: _checked(path, total / max(predictions, 1)) for path, total in sums.items()}
 
 

@@ -15,7 +15,7 @@ from flyweight.analysis.sites import analyse
 from flyweight.errors import DataError
 from flyweight.records import Site
 from flyweight.transforms import Context, QuantizedLayer, weight_only
-from flyweight.transforms._sequential import Work, _behind, _Place, _within
+from flyweight.transforms._sequential import Place, Work, behind, within
 
 _ROOT = "block"
 """What the block is called while it is worked on."""
@@ -53,7 +53,7 @@ def changed(
     last: what leaves the block is of no use. Raises DataError where an activation is NaN or infinite, ModelError for weights
     that cannot be used.
     """
-    place = _Place(_ROOT, block, arguments, states.original, states.current)
+    place = Place(_ROOT, block, arguments, states.original, states.current)
     found = analyse(place.side("original", {}), place.examples())
     root = nn.ModuleDict({_ROOT: block})
     reasons = {site.name: _reason(site, options, root) for site in found.sites}
@@ -66,10 +66,10 @@ def changed(
     drifting = set(sites) if weight_only.learns(options) == "cross" else set()
     context = Context(statistics=found.statistics)
     work = Work(list(sites) if learns else [], [] if learns else list(sites), drifting, context, change)
-    new = _within(place, work)
+    new = within(place, work)
     layers = {place.inner(path): layer for path, layer in new.items() if isinstance(layer, QuantizedLayer)}
-    behind = None if last else States(*_behind(place, new, True))
-    return Changed(layers, _left(block, layers, reasons), behind)
+    after = None if last else States(*behind(place, new, True))
+    return Changed(layers, _left(block, layers, reasons), after)
 
 
 @contextmanager

@@ -62,7 +62,7 @@ class Work:
 
 
 @dataclass(frozen=True, eq=False)
-class _Place:
+class Place:
     """A block of the original, and what enters it in each example: there, and in the model as changed so far."""
 
     path: str
@@ -161,22 +161,22 @@ def _along(model: nn.Module, chain: Chain, early: Changes, work: Work) -> Change
         return None
     original, current = stream.states, entering or stream.states
     for path, arguments in zip(chain.paths, stream.arguments, strict=True):
-        place = _Place(path, model.get_submodule(path), arguments, original, current)
-        found = _within(place, work.among([site for site in work.sites if _inside(site, path)]))
+        place = Place(path, model.get_submodule(path), arguments, original, current)
+        found = within(place, work.among([site for site in work.sites if _inside(site, path)]))
         changes |= found
         if path != chain.paths[-1]:
-            original, current = _behind(place, found, bool(work.drifting))
+            original, current = behind(place, found, bool(work.drifting))
     return changes
 
 
-def _behind(place: _Place, found: Changes, drifting: bool) -> tuple[tuple[torch.Tensor, ...], ...]:
+def behind(place: Place, found: Changes, drifting: bool) -> tuple[tuple[torch.Tensor, ...], ...]:
     """The original's and the current hidden states behind a block; one and the same where nobody asks how far they drift."""
     current = _after(place.changed(found), place.arguments, place.current)
     apart = drifting and (found or place.current is not place.original)
     return _after(place.block, place.arguments, place.original) if apart else current, current
 
 
-def _within(place: _Place, work: Work) -> Changes:
+def within(place: Place, work: Work) -> Changes:
     """The new modules of a block: those that read one tensor together, and each behind the changes before it."""
     changes = _all(work.among(work.others), work.context)
     for stage in _stages(place, work.learning, work.tied):
@@ -188,7 +188,7 @@ def _within(place: _Place, work: Work) -> Changes:
     return changes
 
 
-def _stages(place: _Place, sites: Sequence[str], tied: Collection[str]) -> list[_Stage]:
+def _stages(place: Place, sites: Sequence[str], tied: Collection[str]) -> list[_Stage]:
     """Sites of a block in groups that read one tensor, as told by the first example, in the order in which they run."""
     if not sites:
         return []
