@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,10 @@ NAMES = ("nearest", "flyweight", "flyweight_entropy")
 """Rounding to nearest in the common format, our own in it, and our own smallest files."""
 CLOSE = 0.04
 """Bits by which a file may be smaller than asked."""
-TRIES = 4
+SOME = 9
+"""One in so many layers tells how large all will be."""
+SEEN = 5
+"""Examples whose pass tells what layers there are, and how large their inputs."""
 Layers = Mapping[str, Any]
 """Quantized layers by their paths."""
 
@@ -56,7 +58,7 @@ def ours(name: str, bits: int) -> dict[str, JSON]:
 def quantize(task: Task, options: Mapping[str, JSON]) -> Ours:
     """The task's model with the options at every site but embeddings; the seconds are those of all that is learned, too."""
     start = time.perf_counter()
-    analysis = analyse(task.model, task.examples, 0)
+    analysis = analyse(task.model, task.examples[:SEEN], 0)
     sites = [s for s in analysis.sites if s.kind != "embedding" and not s.name.endswith("lm_head")]
     paths = [site.name for site in sites]
     context = transforms.Context(
@@ -66,37 +68,38 @@ def quantize(task: Task, options: Mapping[str, JSON]) -> Ours:
         examples=task.examples,
     )
 
-    def layers(chosen: Mapping[str, JSON]) -> Layers:
-        plan = Plan(tuple(Step("weight_only", path, chosen) for path in paths))
+    def layers(chosen: Mapping[str, JSON], some: Sequence[str]) -> Layers:
+        plan = Plan(tuple(Step("weight_only", path, chosen) for path in some))
         changed = transforms.apply(task.model, plan, sites, context)
-        return {path: changed.get_submodule(path) for path in paths}
+        return {path: changed.get_submodule(path) for path in some}
 
     if "bits" in options and options.get("rounding") == "waterfilling":
-        found = on_one_level(
-            layers,
-            options,
-            sum(task.model.get_submodule(path).get_parameter("weight").numel() for path in paths),
-        )
+        found = on_one_level(layers, options, paths)
     else:
-        found = layers(options)
+        found = layers(options, paths)
     seconds = time.perf_counter() - start
     return Ours({path: _decoded(layer) for path, layer in found.items()}, stored_bytes(found), seconds)
 
 
 def on_one_level(
-    layers: Callable[[Mapping[str, JSON]], Layers], options: Mapping[str, JSON], weights: int
+    layers: Callable[[Mapping[str, JSON], Sequence[str]], Layers],
+    options: Mapping[str, JSON],
+    paths: Sequence[str],
 ) -> Layers:
     """The layers on the one water level that makes the file as large as if each had the bits that the options say.
 
-    Half the step is one bit more, so that few tries do; what is a little larger is tried again, the last try counts.
+    Half the step is one bit more, so that a few tries on some of the layers find the level; what is too large or too small
+    in the end is done again once.
     """
     wanted = float(str(options["bits"]))
-    level = math.sqrt(24 * 0.1 * 4 ** (3.5 - wanted) / weights)
-    for _ in range(TRIES):
+    level = 1e-4
+    found: Layers = {}
+    for some in (paths[::SOME],) * 3 + (paths,) * 2:
         chosen = {name: value for name, value in options.items() if name != "bits"}
-        found = layers({**chosen, "level": float(f"{level:.4g}")})
+        found = layers({**chosen, "level": float(f"{level:.4g}")}, some)
+        weights = sum(layer.encoded()[0].numel() for layer in found.values())
         over = 8 * stored_bytes(found) / weights - wanted
-        if -CLOSE <= over <= 0:
+        if len(some) == len(paths) and -CLOSE <= over <= 0:
             break
         level *= 2 ** (over + CLOSE / 2)
     return found
