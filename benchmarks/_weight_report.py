@@ -121,6 +121,22 @@ def table(records: Records) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def summary(records: Records) -> str:
+    """Of the language model alone: our smallest files beside the best peer, at the widths where both were measured."""
+    title, figure, _ = CASES["smollm2"]
+    lines = [f"| {title} | flyweight, KL | file bits | best peer, KL | file bits |", "|---" * 5 + "|"]
+    for bits in BITS:
+        here = _at(records, "smollm2", bits)
+        peers = {name: record for name, record in here.items() if name not in NAMES}
+        best, ours = _best(peers, figure), here.get("flyweight_entropy", {})
+        if best and "figures" in ours:
+            (own, size), (other, theirs) = (
+                (f"{one['figures'][figure]:.3g}", f"{one['bits']:.2f}") for one in (ours, peers[best])
+            )
+            lines.append(f"| {bits} bits | **{own}** | {size} | {other} | {theirs}, {LABELS[best]} |")
+    return "\n".join(lines) + "\n"
+
+
 def _last(figure: str) -> str:
     return "perplexity" if figure == "kl" else "drop of the retrieval score"
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "flyweight"
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = "![The contract job: flyweight and its peers, side by side](benchmarks/results/contract.svg)"
-PAGES = ("README.md", "docs/optimize.md")
+PAGES = ("README.md", "docs/optimize.md", "docs/quantization.md")
 _LABELS = {
     "minilm": "all-MiniLM-L6-v2, sentence retrieval",
     "efficientnet_lite0": "EfficientNet-lite0, photos",
@@ -36,6 +36,7 @@ def main() -> int:
     """Write or check every page; returns the exit code."""
     found = _load("contract")
     blocks = {"tree": tree()} | ({"contract": contract(found), "peers": peers(found)} if found else {})
+    blocks |= _weight_codes()
     stale = []
     for name in PAGES:
         path = ROOT / name
@@ -54,6 +55,16 @@ def main() -> int:
                 path.write_text(new)
     print(f"changed: {', '.join(stale)}" if stale else "all pages say what the results say")
     return 1 if stale and "--check" in sys.argv else 0
+
+
+def _weight_codes() -> dict[str, str]:
+    """The tables of benchmarks/weight_codes.py, if anything was measured."""
+    from benchmarks import _weight_report, _weight_runs  # they read the functions of this module
+
+    records = _weight_runs.read(quick=False)
+    if not records:
+        return {}
+    return {"weight_codes": _weight_report.table(records), "language": _weight_report.summary(records)}
 
 
 def _between(page: str, key: str, text: str) -> str:

@@ -222,6 +222,18 @@ def test_the_table_drops_nobody():
     assert "| NNCF, scale estimation |  | — |  |  |" in text
 
 
+def test_the_summary_names_the_best_peer_of_each_width_where_we_were_measured():
+    records = {
+        "smollm2/flyweight_entropy/3": record(3.58, 0.06),
+        "smollm2/nearest/3": record(3.6, 0.01),  # ours too
+        "smollm2/gptq/3": record(3.6, 0.5),
+        "smollm2/autoround/3": record(3.59, 0.3),
+        "smollm2/gptq/4": record(4.6, 0.1),
+    }
+    lines = report.summary(records).splitlines()
+    assert lines[2:] == ["| 3 bits | **0.06** | 3.58 | 0.3 | 3.59, AutoRound, 50 steps of 4 |"]
+
+
 def test_the_picture_is_sound_and_shows_every_measured_point():
     records = {
         f"smollm2/{name}/{bits}": record(bits + 0.6, 10.0**-bits)
