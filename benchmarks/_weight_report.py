@@ -191,19 +191,21 @@ COLOURS = {
     "nncf_gptq": "#d4a72c",
     "quanto": "#0a7ea4",
 }
-WIDE, HIGH, LEFT, TOP = 420, 300, 60, 40
+WIDE, HIGH, LEFT, TOP, LABEL = 420, 300, 60, 40, 310
 
 
 def picture(records: Records) -> str:
     """An SVG of damage over file bits, both measured: a panel for each model, a line for each tool."""
     panels = [case for case in CASES if any(_line(records, case, name) for name in LABELS)]
-    width, height = LEFT + len(panels) * (WIDE + LEFT), TOP + HIGH + 60 + 18 * -(-len(LABELS) // 3)
+    shown = [name for name in LABELS if any(_line(records, case, name) for case in CASES)]
+    width, columns = LEFT + len(panels) * (WIDE + LEFT), max(1, len(panels) * (WIDE + LEFT) // LABEL)
+    height = TOP + HIGH + 60 + 18 * -(-len(shown) // columns)
     parts = [f'<rect width="{width}" height="{height}" fill="#ffffff"/>']
     for index, case in enumerate(panels):
         parts.append(
             f'<g transform="translate({LEFT + index * (WIDE + LEFT)},{TOP})">{_panel(records, case)}</g>'
         )
-    parts.append(f'<g transform="translate({LEFT},{TOP + HIGH + 60})">{_legend(records)}</g>')
+    parts.append(f'<g transform="translate({LEFT},{TOP + HIGH + 60})">{_legend(shown, columns)}</g>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
     style = (
         "<style>text{font:12px system-ui,sans-serif;fill:#57606a}polyline{fill:none;stroke-width:2}</style>"
@@ -255,11 +257,10 @@ def _drawn(name: str, line: Sequence[tuple[float, float]], across: Axis, down: A
     return f'<g stroke="{COLOURS[name]}" fill="{COLOURS[name]}"><polyline points="{path}"{dashed}/>{dots}</g>'
 
 
-def _legend(records: Records) -> str:
-    shown = [name for name in LABELS if any(_line(records, case, name) for case in CASES)]
+def _legend(shown: Sequence[str], columns: int) -> str:
     parts = []
     for index, name in enumerate(shown):
-        x, y = 300 * (index % 3), 18 * (index // 3)
+        x, y = LABEL * (index % columns), 18 * (index // columns)
         parts.append(f'<rect x="{x}" y="{y}" width="14" height="10" fill="{COLOURS[name]}"/>')
         parts.append(f'<text x="{x + 20}" y="{y + 10}">{html.escape(LABELS[name])}</text>')
     return "".join(parts)
