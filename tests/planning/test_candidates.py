@@ -144,3 +144,10 @@ def test_inputs_are_rounded_by_row_in_a_family_of_its_own() -> None:
     found = families(nn.Linear(64, 64), analyse(nn.Linear(64, 64), [torch.ones(8, 64)]).sites, Goal())
     by_row = [family for family in found if "per row" in family.name]
     assert [step.options["per_row"] for family in by_row for step in family.steps.values()] == [True]
+
+
+def test_a_classifier_behind_convolutions_gets_no_family_by_row() -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    found = names(model, torch.ones(1, 16, 12, 12), Goal())
+    assert any("dynamic" in name for name in found)
+    assert not any("per row" in name for name in found)

@@ -21,6 +21,8 @@ LOW_BITS = (4, 3)
 """Widths below 8 bits that are tried; fewer break any sensible contract without training."""
 LOSSES = (0.01, 0.1, 0.3, 1.0)
 """What Huffman-coded weights may add to the model's loss (nats) by prediction; what they do is measured."""
+LINEAR = 0.1
+"""Share of the arithmetic in linear layers above which their inputs are also rounded row by row."""
 FEW_ROWS = 16
 """Inputs that a weight meets in one prediction up to which reading it takes longer than multiplying with it."""
 _ORIGINAL = "float32"
@@ -181,7 +183,7 @@ def _ranged(
     # ONNX Runtime decodes stored weights only once where no activation has a fixed range.
     gentler = {} if convolutions else stored
     found = []
-    for rows in (False, True):
+    for rows in (False, True) if _mostly_linear(sites) else (False,):
         dynamic = _steps(model, sites, "dynamic_int8", {**options, "per_row": rows})
         if dynamic:
             name = ("static and dynamic int8" if convolutions else "dynamic int8") + " per row" * rows
@@ -189,6 +191,12 @@ def _ranged(
     if static:
         found.append(Family("static int8" + ending, {**stored, **static}))
     return found
+
+
+def _mostly_linear(sites: Sequence[Site]) -> bool:
+    """Whether linear layers do enough of the arithmetic for a second way to round their inputs to matter."""
+    linear = sum(site.macs for site in sites if site.kind == "linear")
+    return linear > LINEAR * sum(site.macs for site in sites)
 
 
 def uniform(found: Sequence[Family], runtimes: Sequence[str]) -> tuple[list[Candidate], list[str]]:
