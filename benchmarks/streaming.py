@@ -60,7 +60,7 @@ def main() -> None:
 def rows(found: dict[float, dict[str, Any]]) -> list[Row]:
     """The figures of each size: its memory against the limit, its time for a GB against the smallest model's."""
     least = min(found)
-    pace = found[least]["seconds"] / found[least]["gb"]
+    pace = found[least]["processor_seconds"] / found[least]["gb"]
     result = []
     for size, one in found.items():
         case = f"{size:g} GB"
@@ -73,8 +73,8 @@ def rows(found: dict[float, dict[str, Any]]) -> list[Row]:
         )  # fmt: skip
         result.append(
             Row(
-                case=case, metric="seconds per GB", unit="s/GB", better="lower", ours=one["seconds"] / one["gb"],
-                reference=pace, aim=1.25,
+                case=case, metric="processor seconds per GB", unit="s/GB", better="lower",
+                ours=one["processor_seconds"] / one["gb"], reference=pace, aim=1.25,
             )
         )  # fmt: skip
     return result
@@ -115,7 +115,8 @@ def child(folder: Path, text: Path, out: Path) -> None:
     print(
         json.dumps(
             {
-                "gb": done.bytes_before / GB, "seconds": done.seconds, "peak_bytes": figures["VmHWM"],
+                "gb": done.bytes_before / GB, "seconds": done.seconds, "processor_seconds": time.process_time(),
+                "peak_bytes": figures["VmHWM"],
                 "peak_address_bytes": figures["VmPeak"], "blocks": done.blocks, "layers": done.layers,
                 "bytes_after": done.bytes_after, "threads": os.environ.get("OMP_NUM_THREADS", ""),
             }
