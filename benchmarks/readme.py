@@ -36,7 +36,7 @@ def main() -> int:
     """Write or check every page; returns the exit code."""
     found = _load("contract")
     blocks = {"tree": tree()} | ({"contract": contract(found), "peers": peers(found)} if found else {})
-    blocks |= _weight_codes()
+    blocks |= _weight_codes() | _choices()
     stale = []
     for name in PAGES:
         path = ROOT / name
@@ -65,6 +65,13 @@ def _weight_codes() -> dict[str, str]:
     if not records:
         return {}
     return {"weight_codes": _weight_report.table(records), "language": _weight_report.summary(records)}
+
+
+def _choices() -> dict[str, str]:
+    """The tables of benchmarks/choices.py that were measured."""
+    from benchmarks import choices  # it reads the functions of this module
+
+    return {f"choices {name}": choices.markdown(table) for name, table in _load("choices").items()}
 
 
 def _between(page: str, key: str, text: str) -> str:
