@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from flyweight.inputs.check import check, digest
 from flyweight.optimize import SLOW_RUNTIMES
 from flyweight.packing import how_to_load, write
 from flyweight.planning.candidates import Family, families, uniform
-from flyweight.records import Goal, Interval, Plan, Predict, Result, Site, Task
+from flyweight.records import Goal, Interval, Plan, Predict, Result, Site, Step, Task
 from flyweight.report import html
 from flyweight.report.progress import Progress
 from flyweight.runtimes.torch import caller
@@ -82,11 +82,10 @@ def apply(task: Task, recipe: Plan, goal: Goal, out: Path, *, force: bool = Fals
     with _begun(task, goal) as session:
         plan, added = session.completed(recipe)
         transforms.check(session.task.model, plan, session.analysis.sites)
-        methods = frozenset(step.method for step in plan.steps)
         fit = [
             n
             for n in names
-            if goal.runtime != "auto" or (not _refused(n, methods) and n not in SLOW_RUNTIMES)
+            if goal.runtime != "auto" or (not _refused(n, plan.steps) and n not in SLOW_RUNTIMES)
         ]
         surveys = {name: session.bench.survey(name, plan, 1.0) for name in fit}
         able = {name: survey for name, survey in surveys.items() if not survey.failure}
@@ -177,7 +176,7 @@ def doctor() -> str:
         with _begun(task, Goal()) as session:
             model = session.bench.build(Plan(session.folds))
             ways = families(model, session.analysis.sites, Goal())
-            able = [(way, [n for n in names if not _refused(n, way.methods)]) for way in ways]
+            able = [(way, [n for n in names if not _refused(n, way.steps.values())]) for way in ways]
             lines += [
                 "",
                 f"{title} (speed against eager PyTorch with float32)",
@@ -264,8 +263,8 @@ def _between(interval: Interval | None) -> str:
     return "" if interval is None else f" ({interval.low:.3%} to {interval.high:.3%})"
 
 
-def _refused(runtime: str, methods: frozenset[str]) -> bool:
-    return discover.method("runtimes", runtime).refuse(methods) is not None
+def _refused(runtime: str, steps: Collection[Step]) -> bool:
+    return discover.method("runtimes", runtime).refuse(steps) is not None
 
 
 def _availability() -> list[tuple[str, str | None]]:

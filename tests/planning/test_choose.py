@@ -66,6 +66,13 @@ def test_what_is_smaller_must_not_be_slower() -> None:
     assert choose.best([equal], goal, ORIGINAL) is equal
 
 
+def test_where_the_goal_names_the_runtime_a_smaller_model_may_be_slower() -> None:
+    goal = Goal(minimize="size", runtime="transformers")
+    slow = measured("slow", goal, speedup=0.5, bytes=100)
+    assert choose.best([slow], goal, ORIGINAL) is slow
+    assert choose.best([slow], dataclasses.replace(goal, minimize="latency"), ORIGINAL) is None
+
+
 def test_the_nearest_exceeds_the_bound_least() -> None:
     near = measured("near", GOAL, speedup=1.5, drop=0.02, half=0.001)
     far, wide = (

@@ -38,9 +38,14 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rounded_activations_are_refused() -> None:
     for method in ("block_int8", "dynamic_int8"):
-        assert "activations" in str(runtime.refuse(frozenset({method})))
-    assert "activations" in str(runtime.refuse(frozenset({"static_int8", "weight_only"})))
-    assert runtime.refuse(frozenset({"weight_only"})) is None
+        assert "activations" in str(runtime.refuse([Step(method, "a")]))
+    assert "activations" in str(runtime.refuse([Step("static_int8", "a"), Step("weight_only", "b")]))
+    assert runtime.refuse([Step("weight_only", "a")]) is None
+
+
+def test_codes_that_a_gguf_has_no_type_for_are_refused_before_anything_is_built() -> None:
+    steps = [Step("weight_only", "a"), Step("weight_only", "b", {"code": "entropy"})]
+    assert "the code entropy" in str(runtime.refuse(steps))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from runtimes import nets
 
 from flyweight.inputs.check import run
+from flyweight.records import Step
 from flyweight.runtimes import openvino as runtime
 
 pytest.importorskip("openvino")
@@ -29,6 +30,6 @@ def test_pictures_and_texts(method: str, tolerance: float, tmp_path: Path) -> No
 
 
 def test_dynamic_plans_are_refused() -> None:
-    assert "slower" in str(runtime.refuse(frozenset({"dynamic_int8"})))
-    assert "float inputs" in str(runtime.refuse(frozenset({"block_int8", "weight_only"})))
-    assert runtime.refuse(frozenset({"weight_only", "static_int8"})) is None
+    assert "slower" in str(runtime.refuse([Step("dynamic_int8", "a")]))
+    assert "float inputs" in str(runtime.refuse([Step("block_int8", "a"), Step("weight_only", "b")]))
+    assert runtime.refuse([Step("weight_only", "a"), Step("static_int8", "b")]) is None

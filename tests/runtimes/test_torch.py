@@ -10,6 +10,7 @@ import torch
 from runtimes import nets
 from torch import nn
 
+from flyweight.records import Step
 from flyweight.runtimes import torch as eager
 from flyweight.runtimes import torch_compile
 
@@ -32,8 +33,8 @@ def test_every_form_of_batch(batch: object) -> None:
 
 
 def test_integer_plans_do_not_pay_in_pytorch() -> None:
-    assert "slower" in str(eager.refuse(frozenset({"static_int8"})))
-    assert eager.refuse(frozenset({"weight_only", "fold_batch_norm"})) is None
+    assert "slower" in str(eager.refuse([Step("static_int8", "a")]))
+    assert eager.refuse([Step("weight_only", "a"), Step("fold_batch_norm", "b")]) is None
     assert eager.available() is None
 
 

@@ -76,8 +76,13 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rounded_activations_are_refused() -> None:
-    assert "activations" in str(runtime.refuse(frozenset({"static_int8", "weight_only"})))
-    assert runtime.refuse(frozenset({"weight_only"})) is None
+    assert "activations" in str(runtime.refuse([Step("static_int8", "a"), Step("weight_only", "b")]))
+    assert runtime.refuse([Step("weight_only", "a")]) is None
+
+
+def test_codes_that_the_format_lacks_are_refused_before_anything_is_built() -> None:
+    steps = [Step("weight_only", "a", {"code": code}) for code in ("palette", "low_float", "entropy")]
+    assert "the code entropy, palette" in str(runtime.refuse(steps))
 
 
 @installed

@@ -29,6 +29,8 @@ class World:
     """Of each family: what each layer costs; none: nothing."""
     goal: Goal = GOAL
     half: float = 0.0
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """Bytes of a family; where they are not given, 1000 / speed."""
     patience: int = 10**6
     """Surveys and scores that the time allows."""
     failing: frozenset[str] = frozenset()
@@ -63,13 +65,16 @@ class World:
         self.surveyed.append(candidate.name)
         speed, _ = self.truth(candidate.family.name, candidate.spared)
         return survey(
-            speed, int(1000 / max(speed, 0.1)), "no kernel" if candidate.name in self.failing else ""
+            speed, self._size(candidate, speed), "no kernel" if candidate.name in self.failing else ""
         )
+
+    def _size(self, candidate: Candidate, speed: float) -> int:
+        return self.sizes.get(candidate.family.name, int(1000 / max(speed, 0.1)))
 
     def _measure(self, candidate: Candidate) -> Trial:
         self.scored.append(candidate.name)
         speed, drop = self.truth(candidate.family.name, candidate.spared)
-        size = int(1000 / max(speed, 0.1))
+        size = self._size(candidate, speed)
         return trial(
             candidate,
             measured(candidate.name, self.goal, speedup=speed, drop=drop, half=self.half, bytes=size),
@@ -162,6 +167,17 @@ def test_what_is_slower_than_the_original_is_never_scored() -> None:
     )
     world.hunt()
     assert not any("slow" in name for name in world.scored)
+
+
+def test_what_is_smaller_is_scored_though_it_is_slow_where_the_goal_names_the_runtime() -> None:
+    """Every candidate here is 0.5 x as fast as the original, too slow where the search chooses the runtime."""
+    goal = Goal(minimize="size", runtime="torch")
+    for wanted, expected in ((goal, "small"), (replace(goal, runtime="auto"), None)):
+        world = World(
+            {"large": 0.5, "small": 0.5}, {"small": EVEN}, wanted, sizes={"large": 900, "small": 300}
+        )
+        best = world.hunt().best
+        assert (best and best.name) == expected
 
 
 def test_a_family_that_is_faster_and_broken_is_repaired_though_another_keeps_the_bound() -> None:

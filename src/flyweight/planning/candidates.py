@@ -206,7 +206,7 @@ def uniform(found: Sequence[Family], runtimes: Sequence[str]) -> tuple[list[Cand
         for runtime in runtimes:
             if not family.steps and runtime == BASELINE:
                 continue
-            reason = discover.method("runtimes", runtime).refuse(family.methods)
+            reason = discover.method("runtimes", runtime).refuse(family.steps.values())
             if reason:
                 reasons.append(f"{runtime} runs some families only: {reason}")
             else:

@@ -27,10 +27,19 @@ def gain_of(candidate: Measured, goal: Goal, original: Measured) -> float:
 
 
 def improves(candidate: Measured, goal: Goal, original: Measured) -> bool:
-    """Whether the objective is really smaller; for latency its interval must say so, else it must not be slower."""
+    """Whether the objective is really smaller; for latency its interval must say so.
+
+    Else it must not be slower either, unless the goal names the runtime: then the speed there is told, and no condition.
+    """
     if goal.minimize == "latency":
         return candidate.speedup_interval.low > 1
-    return candidate.speedup_interval.high >= 1 and gain_of(candidate, goal, original) > 1
+    fast = not speed_counts(goal) or candidate.speedup_interval.high >= 1
+    return fast and gain_of(candidate, goal, original) > 1
+
+
+def speed_counts(goal: Goal) -> bool:
+    """Whether what is slower than the original is no answer: where a model runs is the search's to choose, or the goal's."""
+    return goal.minimize == "latency" or goal.runtime == "auto"
 
 
 def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured | None:

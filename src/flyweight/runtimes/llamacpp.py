@@ -7,7 +7,7 @@ made in the wheel xllamacpp, whose library `_llama` calls.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from torch import nn
 from flyweight.analysis.machine import cores
 from flyweight.errors import DataError, ModelError, first_line
 from flyweight.inputs.check import run
-from flyweight.records import Batch
-from flyweight.runtimes import _llama, _structure
+from flyweight.records import Batch, Step
+from flyweight.runtimes import ROUNDING, _llama, _structure, lacking, methods
 from flyweight.runtimes._export import names, tensors
 from flyweight.runtimes._files import GGUF, Predictor, is_compressed, match
 from flyweight.runtimes._gguf_model import causal, save
@@ -31,6 +31,8 @@ FILE = True
 """Whether it runs from a file alone, without the task's model class."""
 SESSION: frozenset[str] = frozenset()
 """Session settings that an artifact may carry."""
+CODES = frozenset({"integer", "ternary"})
+"""Codes that a GGUF has a type for."""
 ROUNDS = True
 """Whether it rounds the inputs of layers with stored integers by itself: to 8 bits, in blocks of 32."""
 _SHORTEST = 512
@@ -48,11 +50,11 @@ def available() -> str | None:
     return None
 
 
-def refuse(methods: frozenset[str]) -> str | None:
-    """Why a plan with these methods would not pay here, or None."""
-    if methods & {"block_int8", "dynamic_int8", "static_int8"}:
+def refuse(steps: Collection[Step]) -> str | None:
+    """Why a plan with these steps could not be held here or would not pay, or None."""
+    if methods(steps) & ROUNDING:
         return "llama.cpp rounds activations in its own way; store weights as integers only"
-    return None
+    return lacking("a GGUF", CODES, steps)
 
 
 def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from flyweight.analysis.machine import cores
-from flyweight.records import Batch
+from flyweight.records import Batch, Step
 from flyweight.runtimes._files import GRAPH, Predictor
 from flyweight.runtimes._graph import Run, write_graph
 
@@ -27,8 +27,8 @@ def available() -> str | None:
     return f"{', '.join(missing)} not installed: pip install 'flyweight[onnxruntime]'" if missing else None
 
 
-def refuse(methods: frozenset[str]) -> str | None:
-    """Why a plan with these methods would not pay here, or None."""
+def refuse(steps: Collection[Step]) -> str | None:
+    """Why a plan with these steps could not be held here or would not pay, or None."""
     return None
 
 

@@ -7,7 +7,7 @@ multiplies: small in memory too, and faster where few rows are multiplied. Table
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import numpy as np
 from torch import nn
 
 from flyweight.analysis.machine import cores
-from flyweight.records import Batch
+from flyweight.records import Batch, Step
+from flyweight.runtimes import methods
 from flyweight.runtimes._files import GRAPH, Predictor
 from flyweight.runtimes._graph import Run, write_graph
 
@@ -31,11 +32,12 @@ def available() -> str | None:
     return f"{', '.join(missing)} not installed: pip install 'flyweight[openvino]'" if missing else None
 
 
-def refuse(methods: frozenset[str]) -> str | None:
-    """Why a plan with these methods would not pay here, or None."""
-    if "block_int8" in methods:
+def refuse(steps: Collection[Step]) -> str | None:
+    """Why a plan with these steps could not be held here or would not pay, or None."""
+    used = methods(steps)
+    if "block_int8" in used:
         return "OpenVINO multiplies blocks of integers by float inputs; store weights as integers only"
-    if "dynamic_int8" in methods:
+    if "dynamic_int8" in used:
         return (
             "OpenVINO decodes dynamically quantized layers to floats, which is slower than leaving them alone"
         )

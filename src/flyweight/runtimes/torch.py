@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from flyweight.records import Batch
+from flyweight.records import Batch, Step
+from flyweight.runtimes import ROUNDING, methods
 from flyweight.runtimes._files import WEIGHTS, Predictor, kept_weights, write_weights
 from flyweight.runtimes._state import unique_state
 
@@ -22,9 +23,9 @@ def available() -> str | None:
     return None
 
 
-def refuse(methods: frozenset[str]) -> str | None:
-    """Why a plan with these methods would not pay here, or None."""
-    if methods & {"block_int8", "dynamic_int8", "static_int8"}:
+def refuse(steps: Collection[Step]) -> str | None:
+    """Why a plan with these steps could not be held here or would not pay, or None."""
+    if methods(steps) & ROUNDING:
         return "PyTorch decodes integer layers to floats, which is slower than leaving them alone"
     return None
 

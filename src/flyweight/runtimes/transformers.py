@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import nn
 
 from flyweight.errors import DataError, ModelError, first_line
 from flyweight.inputs.check import run
-from flyweight.records import Batch
-from flyweight.runtimes import _hugging_face, _structure
+from flyweight.records import Batch, Step
+from flyweight.runtimes import ROUNDING, _hugging_face, _structure, lacking, methods
 from flyweight.runtimes._export import names, tensors
 from flyweight.runtimes._files import Predictor, match
 from flyweight.runtimes._graph import Run
@@ -30,6 +30,8 @@ FILE = True
 """Whether it runs from a file alone, without the task's model class."""
 SESSION: frozenset[str] = frozenset({"opened_by", "arguments", "outputs"})
 """Session settings that an artifact may carry: the class that opens the folder, and names of its arguments and outputs."""
+CODES = frozenset({"integer", "ternary", "low_float"})
+"""Codes that compressed-tensors has a format for."""
 ONLY_NAMED = "it runs the decoded weights as PyTorch does, for handing a folder over; name it with --runtime"
 """Why it is not among the runtimes that are tried unasked."""
 _SAME = 1e-4
@@ -44,11 +46,11 @@ def available() -> str | None:
     return f"{missing[0]} not installed: pip install 'flyweight[huggingface]'" if missing else None
 
 
-def refuse(methods: frozenset[str]) -> str | None:
-    """Why a plan with these methods would not pay here, or None."""
-    if methods & {"block_int8", "dynamic_int8", "static_int8"}:
+def refuse(steps: Collection[Step]) -> str | None:
+    """Why a plan with these steps could not be held here or would not pay, or None."""
+    if methods(steps) & ROUNDING:
         return "compressed-tensors rounds activations in its own way; store weights as integers only"
-    return None
+    return lacking("compressed-tensors", CODES, steps)
 
 
 def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:

@@ -77,7 +77,8 @@ class Hunt:
                 )
             else:
                 survey = self.surveys[candidate] = self.tools.survey(candidate)
-                if not survey.failure and survey.speedup_high < MUCH_SLOWER:
+                too_slow = survey.speedup_high < MUCH_SLOWER and choose.speed_counts(self.goal)
+                if too_slow and not survey.failure:
                     slow.add(kind)
 
     @property
@@ -132,7 +133,7 @@ class Hunt:
         what = {"latency": "faster", "size": "smaller", "memory": "lighter"}[self.goal.minimize]
         if hope <= 1:
             return f"not {what} than the original: {gain:.2f} x"
-        if survey.speedup_high < 1:
+        if survey.speedup_high < 1 and choose.speed_counts(self.goal):
             return f"slower than the original: {survey.speedup:.2f} x as fast"
         if best is None:
             return ""
