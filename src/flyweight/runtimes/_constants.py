@@ -12,6 +12,8 @@ from typing import Any
 import onnx
 import torch
 
+from flyweight.runtimes._nodes import read
+
 INLINE = 1024
 """Constants of at most so many bytes stay in the graph; larger ones move to the weights."""
 
@@ -35,7 +37,7 @@ def constants(graph: Any, weights: Mapping[str, torch.Tensor]) -> Iterator[Const
     shapes: dict[tuple[int, ...], list[str]] = {}
     for key, tensor in weights.items():
         shapes.setdefault(tuple(tensor.shape), []).append(key)
-    used = {value.name for value in graph.output} | set(_read(graph))
+    used = {value.name for value in graph.output} | set(read(graph.node))
     for item in graph.initializer:
         if item.name in used:
             yield _constant(item, weights, shapes)
@@ -63,13 +65,3 @@ def _constant(
 
 def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
     return first.dtype == second.dtype and first.shape == second.shape and torch.equal(first, second)
-
-
-def _read(graph: Any) -> Iterator[str]:
-    """Names of all that a graph's nodes read, those of the graphs inside nodes too."""
-    for node in graph.node:
-        yield from node.input
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _read(inner)
-                yield from (value.name for value in inner.output)

@@ -27,11 +27,11 @@ from flyweight.analysis.calls import OPERATIONS, operands, unfused
 from flyweight.errors import ModelError, first_line
 from flyweight.inputs.check import run
 from flyweight.records import Batch, canonical
-from flyweight.runtimes import _structure
+from flyweight.runtimes import _attention, _structure
 from flyweight.runtimes._bags import bags
 from flyweight.runtimes._identity import identity, tensor_digest
 
-DOMAIN, OPSET = "flyweight", 21
+DOMAIN, OPSET = "flyweight", 23
 _SKELETONS: dict[str, Skeleton] = {}
 
 
@@ -183,10 +183,11 @@ class _Flat(nn.Module):
         self.model, self.like = model, like
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        if isinstance(self.like, dict):
-            output = self.model(**dict(zip(self.like, inputs, strict=True)))
-        else:
-            output = self.model(*inputs)
+        with _attention.FourDimensional():
+            if isinstance(self.like, dict):
+                output = self.model(**dict(zip(self.like, inputs, strict=True)))
+            else:
+                output = self.model(*inputs)
         return tuple(_structure.leaves(output))
 
 
@@ -234,6 +235,7 @@ def _skeleton(proto: Any, batch: Batch, template: Any) -> Skeleton:
             "every input must reach the output", got=", ".join(set(names(batch)) - kept) + " unused"
         )
     inputs = tuple(value.name for value in proto.graph.input)
+    _attention.by_rows(proto.graph)
     return Skeleton(proto.SerializeToString(), inputs, tuple(shapes), template)
 
 

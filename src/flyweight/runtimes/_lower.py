@@ -23,11 +23,12 @@ from flyweight.runtimes._constants import constants
 from flyweight.runtimes._export import DOMAIN, Skeleton
 from flyweight.runtimes._layout import ONNX_ONLY, TRANSPOSED
 from flyweight.runtimes._lowered import TYPES, Lowered
-from flyweight.runtimes._pads import Pads, users
+from flyweight.runtimes._nodes import users
+from flyweight.runtimes._pads import Pads
 from flyweight.runtimes._state import stored_keys, unique_state
 from flyweight.transforms import QuantizedLayer
 
-IR_VERSION = 10
+IR_VERSION = 11
 
 
 def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) -> Lowered:

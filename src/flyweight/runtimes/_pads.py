@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import onnx
 
 from flyweight.runtimes._export import DOMAIN
+from flyweight.runtimes._nodes import users
 
 
 class Pads:
@@ -54,12 +55,3 @@ def _zero_pad(node: Any, values: Mapping[str, Any]) -> bool:
         fill = values.get(node.input[2])
         return fill is not None and not onnx.numpy_helper.to_array(fill).any()
     return True
-
-
-def users(nodes: Sequence[Any]) -> dict[str, list[Any]]:
-    """The nodes that read each tensor, by name."""
-    found: dict[str, list[Any]] = {}
-    for node in nodes:
-        for name in node.input:
-            found.setdefault(name, []).append(node)
-    return found
