@@ -75,7 +75,7 @@ def test_outputs_and_sums_beside_linear_layers_are_not_rounded(tmp_path: Path) -
     model = static(body, [x], {"a": "minmax"})
     total, same = nets.prepared("onnxruntime", model, [x], tmp_path)(x)
     assert torch.equal(same, x)
-    assert nets.gap(run(model, x)[0], total) < 1e-5
+    assert nets.gap(run(model, x)[0], total) < 1e-4  # the bias is in steps of the integer product
 
 
 def test_a_dead_channel_with_a_large_bias(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_text_model_gives_what_pytorch_gives(
         assert float(found.parts[1][0]) == float(wanted.parts[1][0])
 
 
-def test_every_convolution_becomes_integer(tmp_path: Path) -> None:
+def test_every_layer_between_input_and_output_becomes_integer(tmp_path: Path) -> None:
     model = nets.changed(nets.pictures(), nets.IMAGES, "static_int8", folds=nets.FOLDS)
     predict = nets.prepared("onnxruntime", model, nets.IMAGES, tmp_path)
     for batch in (*nets.IMAGES, nets.images(3)):
@@ -82,6 +82,8 @@ def test_every_convolution_becomes_integer(tmp_path: Path) -> None:
     assert not found["Conv"] + found["FusedConv"] + found["Pad"] + found["Relu"]
     assert not found["BatchNormalization"]
     assert not found["Clip"]
+    assert found["QLinearGlobalAveragePool"] == found["QGemm"] == 1
+    assert found["DequantizeLinear"] + found["QuantizeLinear"] == 1
 
 
 def test_dynamic_layers_multiply_integers_and_share_their_input_s_rounding(tmp_path: Path) -> None:

@@ -122,6 +122,13 @@ def product_integers(low: Lowered, owner: str, module: QuantizedLayer) -> str:
     return low.turned(found) if rows else found
 
 
+def is_int8(low: Lowered, owner: str, module: QuantizedLayer) -> bool:
+    """Whether a layer's weight is stored as int8 integers times one scale a channel, and nothing else."""
+    grid = module.encoded()[1]
+    bare = grid.zeros is None and grid.table is None and grid.columns is None and grid.scales.shape[1] == 1
+    return bare and grid.scales.numel() == module.rows and _kind(low, owner, grid) == "int8"
+
+
 def scales(low: Lowered, owner: str, module: QuantizedLayer) -> str:
     """The name of float32 scales, one a channel (O,), or one for the whole tensor ()."""
     key, count = f"{owner}scales", module.stored()["scales"].numel()

@@ -27,7 +27,7 @@ from flyweight.analysis.calls import OPERATIONS, operands, unfused
 from flyweight.errors import ModelError, first_line
 from flyweight.inputs.check import run
 from flyweight.records import Batch, canonical
-from flyweight.runtimes import _attention, _structure
+from flyweight.runtimes import _attention, _pools, _structure
 from flyweight.runtimes._bags import bags
 from flyweight.runtimes._identity import identity, tensor_digest
 
@@ -125,6 +125,7 @@ class _Open(TorchFunctionMode):
         if kind == "embedding":
             return self._rows(weight, x)
         attributes: dict[str, Any] = {"path": self._path, "kind": kind, "bias": int(bias is not None)}
+        attributes["rank"] = x.ndim
         dtype = weight.dtype
         if kind == "conv":
             attributes |= _conv_attributes(layout, weight.shape[2:])
@@ -236,6 +237,7 @@ def _skeleton(proto: Any, batch: Batch, template: Any) -> Skeleton:
         )
     inputs = tuple(value.name for value in proto.graph.input)
     _attention.by_rows(proto.graph)
+    _pools.pooled(proto.graph)
     return Skeleton(proto.SerializeToString(), inputs, tuple(shapes), template)
 
 

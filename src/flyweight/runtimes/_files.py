@@ -119,10 +119,8 @@ def match(batch: Batch, names: Sequence[str], shapes: Sequence[tuple[int | None,
             "a batch must have the first example's tensors", got=str(len(values)), way_out=", ".join(names)
         )
     for name, value, shape in zip(names, values, shapes, strict=True):
-        fits = value.ndim == len(shape) and all(
-            s in (None, n) for s, n in zip(shape, value.shape, strict=True)
-        )
-        if not fits:
+        sizes = tuple(value.shape)
+        if len(sizes) != len(shape) or any(s not in (None, n) for s, n in zip(shape, sizes, strict=True)):
             wanted = "x".join("any" if s is None else str(s) for s in shape)
             raise DataError(
                 "an input must have the shape that was traced",

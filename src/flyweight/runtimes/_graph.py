@@ -43,9 +43,10 @@ class Graph:
         except Exception as error:  # a runtime refuses a graph with errors of its own
             raise ModelError(f"{runtime} must be able to load the graph", got=_reason(error)) from error
 
+        names, shapes = [name for name, _, _ in self.inputs], [shape for _, _, shape in self.inputs]
+
         def call(batch: Batch) -> Any:
-            values = match(batch, [n for n, _, _ in self.inputs], [s for _, _, s in self.inputs])
-            outputs = run({name: _array(v) for (name, _, _), v in zip(self.inputs, values, strict=True)})
+            outputs = run(dict(zip(names, map(_array, match(batch, names, shapes)), strict=True)))
             return _structure.rebuild(self.template, map(torch.from_numpy, outputs))
 
         return Predictor(

@@ -18,12 +18,11 @@ import torch
 from onnx import helper
 from torch import nn
 
-from flyweight.runtimes import _blocks, _decode
+from flyweight.runtimes import _activations, _blocks, _decode
 from flyweight.runtimes._constants import constants
 from flyweight.runtimes._export import DOMAIN, Skeleton
 from flyweight.runtimes._layout import ONNX_ONLY, TRANSPOSED
 from flyweight.runtimes._lowered import TYPES, Lowered
-from flyweight.runtimes._nodes import users
 from flyweight.runtimes._pads import Pads
 from flyweight.runtimes._state import stored_keys, unique_state
 from flyweight.transforms import QuantizedLayer
@@ -45,8 +44,8 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
             _site(low, node, at, paths[at["path"].decode()], pads)
         elif not pads.merged(node):
             low.nodes.append(node)
-    _output_grids(low)
-    _round_activations(low)
+    _activations.output_grids(low)
+    _activations.round_activations(low)
     _finish(low)
     return low
 
@@ -61,9 +60,24 @@ def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pad
         x = pads.source(x, at)
         _convolution(low, owner, module, (x, y), at)
     else:
-        product = _product(low, owner, module, x, f"{y}.product" if at["bias"] else y)
-        if at["bias"]:
-            low.node("Add", [product, low.stored(_bias(low, path, module))], y)
+        _linear(low, path, module, (x, y), at)
+
+
+def _linear(low: Lowered, path: str, module: nn.Module, ends: tuple[str, str], at: Mapping[str, Any]) -> None:
+    (x, y), owner = ends, _owner(low, path, module)
+    if not at["bias"]:
+        _product(low, owner, module, x, y)
+        return
+    bias, product = low.stored(_bias(low, path, module)), f"{y}.product"
+    static = getattr(module, "activations", "") == "static" and at["rank"] == 2
+    if static and isinstance(module, QuantizedLayer) and _decode.is_int8(low, owner, module):
+        _static_matrix(low, owner, module, x, product)
+        bias = _integer_bias(
+            low, _activations.input_step(low, module, x), (bias, _decode.scales(low, owner, module))
+        )
+    else:
+        _product(low, owner, module, x, product)
+    low.node("Add", [product, bias], y)
 
 
 def _looked_up(proto: Any) -> list[str]:
@@ -114,31 +128,21 @@ def _product(low: Lowered, owner: str, module: nn.Module, x: str, y: str) -> str
     if module.activations == "rows":
         return _row_product(low, owner, module, x, y)
     if module.activations == "static":
-        x = _rounded_input(low, module, x)
+        x = _activations.rounded_input(low, module, x)
     return low.node("MatMul", [x, _decode.decoded(low, owner, module, turned=True)], y)
 
 
-def _rounded_input(low: Lowered, module: QuantizedLayer, x: str) -> str:
-    """The name of x as a linear layer rounds it: on the grid that x has, if that does as well, else on one of its own."""
-    grid = _grid(module.input_grid)
-    if x not in low.grids:
-        low.grids[x], low.tops[x] = grid, module.top
-        low.alone.add(x)
-    own, name = (grid, module.top), f"{x}.{grid[0]!r}.{grid[1]}.{module.top}"
-    if _alike((low.grids[x], low.tops[x]), own):
-        return f"{x}.rounded"
-    if name not in low.dynamic:
-        low.dynamic.add(name)
-        low.nodes += _rounding(low, x, name, own)
-    return f"{name}.rounded"
+def _static_matrix(low: Lowered, owner: str, module: QuantizedLayer, x: str, y: str) -> str:
+    """Nodes for matrix x @ weight where a bias follows, of a layer with fixed ranges.
 
-
-def _alike(one: tuple[tuple[float, int], int], other: tuple[tuple[float, int], int]) -> bool:
-    """Whether two grids do as well: equal ones, and of 8 bits those whose steps differ by less than a tenth."""
-    if one == other:
-        return True
-    step, its = one[0][0], other[0][0]
-    return one[1] == other[1] == 255 and 0.9 * its < step < 1.1 * its
+    ONNX Runtime joins the two, and keeps to integers then only if the weight has zero points and the bias is of integers too.
+    """
+    weight = f"{owner}matrix"
+    if weight not in low.dynamic:
+        low.dynamic.add(weight)
+        integers, scales = _decode.product_integers(low, owner, module), _decode.scales(low, owner, module)
+        low.node("DequantizeLinear", [integers, scales, _weight_zeros(low, owner, module)], weight, axis=1)
+    return low.node("MatMul", [_activations.rounded_input(low, module, x), weight], y)
 
 
 def _dynamic_product(low: Lowered, owner: str, module: QuantizedLayer, x: str, y: str) -> str:
@@ -214,12 +218,12 @@ def _convolution(
     name = _decode.decoded(low, owner, module, turned=False)
     if module.activations == "static":
         if x not in low.grids:
-            low.grids[x], low.tops[x] = _grid(module.input_grid), module.top
+            low.grids[x], low.tops[x] = _activations.grid_of(module.input_grid), module.top
         step, _ = low.grids[x]
         low.alone.discard(x)
-        low.outputs.append((y, _grid(module.output_grid)))
+        low.outputs.append((y, _activations.grid_of(module.output_grid)))
         # Another layer may have chosen the input's grid. The weights' scales only allow for half of this layer's own.
-        if bias and step > 0.5 * _grid(module.input_grid)[0]:
+        if bias and step > 0.5 * _activations.grid_of(module.input_grid)[0]:
             bias = [_integer_bias(low, step, (bias[0], _decode.scales(low, owner, module)))]
     low.node("Conv", [x, name, *bias], y, **layout)
 
@@ -241,87 +245,10 @@ def _integer_bias(low: Lowered, step: float, given: tuple[str, str]) -> str:
     return name
 
 
-def _grid(buffer: torch.Tensor) -> tuple[float, int]:
-    """Scale and zero point."""
-    return float(buffer[0]), int(buffer[1])
-
-
 def _transpose(low: Lowered, key: str) -> None:
     if key not in low.layouts:
         low.layouts[key] = TRANSPOSED
         low.weights[key] = low.weights[key].T.contiguous()
-
-
-def _output_grids(low: Lowered) -> None:
-    """Where an integer convolution's output meets no integer layer, round it by its own grid, after its activation."""
-    readers = users(low.nodes)
-    for y, (scale, zero) in low.outputs:
-        name, low_end, high_end = y, -zero * scale, (255 - zero) * scale
-        after = readers.get(y, [])
-        if len(after) == 1 and after[0].op_type in ("Relu", "Clip"):
-            floor, ceiling = _bounds(low, after[0])
-            name = after[0].output[0]
-            low_end, high_end = max(low_end, floor), min(high_end, ceiling)
-        if name not in low.grids and readers.get(name) and high_end > low_end:
-            step = (high_end - low_end) / 255
-            low.grids[name] = (step, min(255, max(0, round(-low_end / step))))
-        low.alone.discard(name)
-
-
-def _bounds(low: Lowered, node: Any) -> tuple[float, float]:
-    if node.op_type == "Relu":
-        return 0.0, float("inf")
-    values = {item.name: onnx.numpy_helper.to_array(item) for item in low.graph.graph.initializer}
-    ends = [values.get(name) for name in (*node.input[1:], "", "")][:2]
-    return (
-        -float("inf") if ends[0] is None else float(ends[0]),
-        float("inf") if ends[1] is None else float(ends[1]),
-    )
-
-
-def _round_activations(low: Lowered) -> None:
-    """Put QuantizeLinear and DequantizeLinear behind every tensor that has a grid.
-
-    Around convolutions all its users read the rounded one, so that runtimes keep integers between layers; only the
-    model's outputs never do.
-    """
-    nodes: list[Any] = []
-    renamed = {name: f"{name}.rounded" for name in low.grids if name not in low.alone}
-    produced = {name for node in low.nodes for name in node.output}
-    outside = [name for name in low.grids if name not in produced]
-    for name in outside:
-        nodes += _rounding(low, name, name, (low.grids[name], low.tops.get(name, 255)))
-    results = {value.name for value in low.graph.graph.output}
-    for node in low.nodes:
-        for index, name in enumerate(
-            () if node.op_type == "Identity" and node.output[0] in results else node.input
-        ):
-            node.input[index] = renamed.get(name, name)
-        nodes.append(node)
-        for name in node.output:
-            if name in low.grids:
-                nodes += _rounding(low, name, name, (low.grids[name], low.tops.get(name, 255)))
-    low.nodes = nodes
-
-
-def _rounding(low: Lowered, x: str, name: str, form: tuple[tuple[float, int], int]) -> list[Any]:
-    """Nodes that round x on a grid (scale, zero point) of integers from 0 to the top one; they give NAME.rounded."""
-    (scale, zero), top = form
-    grid = [
-        low.small(f"{name}.scale8", torch.tensor(scale, dtype=torch.float32)),
-        low.small(f"{name}.zero8", torch.tensor(zero, dtype=torch.uint8)),
-    ]
-    nodes = []
-    if top < 255:  # fewer bits are fewer points of a grid of 8
-        ends = [-zero * scale, (top - zero) * scale]
-        bounds = [low.small(f"{name}.end{at}", torch.tensor(end)) for at, end in enumerate(ends)]
-        nodes.append(helper.make_node("Clip", [x, *bounds], [f"{name}.cut"]))
-        x = f"{name}.cut"
-    return [
-        *nodes,
-        helper.make_node("QuantizeLinear", [x, *grid], [f"{name}.codes8"]),
-        helper.make_node("DequantizeLinear", [f"{name}.codes8", *grid], [f"{name}.rounded"]),
-    ]
 
 
 def _state_constants(low: Lowered, sites: Iterable[str]) -> None:

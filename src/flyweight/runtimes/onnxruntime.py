@@ -54,9 +54,10 @@ def open_file(folder: Path, session: Mapping[str, str]) -> Run:
     for key, value in {"session.force_spinning_stop": "1", **session}.items():
         options.add_session_config_entry(key, value)
     loaded = onnxruntime.InferenceSession(str(folder / GRAPH), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in loaded.get_outputs()]
 
     def call(inputs: dict[str, Any]) -> Sequence[Any]:
-        outputs: Sequence[Any] = loaded.run(None, inputs)
+        outputs: Sequence[Any] = loaded.run(names, inputs)
         return outputs
 
     return call
