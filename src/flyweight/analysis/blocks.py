@@ -110,14 +110,19 @@ def calls(model: nn.Module, paths: Collection[str], example: Batch) -> tuple[str
 
 def leaving(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> torch.Tensor:
     """The hidden state after a block that is given `state`, which stays as it is; ModelError where it gives no tensor."""
+    output = _first(called(block, arguments, state))
+    if output is None:
+        raise ModelError("a block must give a tensor first", got="none", where=type(block).__name__)
+    return output
+
+
+def called(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> Any:
+    """All that a block gives when it gets `state`, which stays as it is."""
     state = state.clone()
     args = (state, *arguments.args[1:]) if arguments.args else ()
     kwargs = dict(arguments.kwargs) if args else {**arguments.kwargs, _STATE: state}
     with torch.no_grad(), unfused():
-        output = _first(block(*args, **kwargs))
-    if output is None:
-        raise ModelError("a block must give a tensor first", got="none", where=type(block).__name__)
-    return output
+        return block(*args, **kwargs)
 
 
 def reach(block: nn.Module, arguments: Arguments, state: torch.Tensor, paths: Collection[str]) -> None:

@@ -27,7 +27,7 @@ from flyweight.analysis.calls import OPERATIONS, operands, unfused
 from flyweight.errors import ModelError, first_line
 from flyweight.inputs.check import run
 from flyweight.records import Batch, canonical
-from flyweight.runtimes import _attention, _pools, _structure
+from flyweight.runtimes import _attention, _pools, _repeated, _structure
 from flyweight.runtimes._bags import bags
 from flyweight.runtimes._identity import identity, tensor_digest
 
@@ -72,7 +72,8 @@ def skeleton(model: nn.Module, paths: Mapping[str, nn.Module], examples: Sequenc
     key = _key(twin, examples)
     if key not in _SKELETONS:
         template = run(model, examples[0])
-        _SKELETONS[key] = _export(twin.eval(), examples, template)
+        found = _repeated.equal(model, twin, list(paths), examples[0])
+        _SKELETONS[key] = _export(twin.eval(), examples, template, found)
     return _SKELETONS[key]
 
 
@@ -192,13 +193,19 @@ class _Flat(nn.Module):
         return tuple(_structure.leaves(output))
 
 
-def _export(twin: nn.Module, examples: Sequence[Batch], template: Any) -> Skeleton:
+def _export(
+    twin: nn.Module, examples: Sequence[Batch], template: Any, equal: _repeated.Equal | None
+) -> Skeleton:
+    """The model's graph: with blocks that are equal exported once if there are any, then whole, then of fixed shape."""
     sample, free = _example(examples)
     reasons = []
     fixed: list[dict[int, Any]] = [{} for _ in free]
-    for batch, dims in ((sample, free), (examples[0], fixed)):
+    ways = [(sample, free, equal)] if equal is not None else []
+    for batch, dims, once in [*ways, (sample, free, None), (examples[0], fixed, None)]:
+        whole = functools.partial(_whole, batch=batch, dims=dims)
         try:
-            return _skeleton(_program(twin, batch, dims), batch, template)
+            proto = whole(twin) if once is None else _repeated.export(twin, once, DOMAIN, whole, _program)
+            return _skeleton(proto, batch, template)
         except ModelError:
             raise
         except Exception as error:  # the exporter raises whatever the user's own forward provokes
@@ -210,19 +217,29 @@ def _export(twin: nn.Module, examples: Sequence[Batch], template: Any) -> Skelet
     )
 
 
-def _program(twin: nn.Module, batch: Batch, dims: list[dict[int, Any]]) -> Any:
+def _whole(twin: nn.Module, batch: Batch, dims: Sequence[dict[int, Any]]) -> Any:
+    return _program(_Flat(twin, batch), tensors(batch), dims, names(batch))
+
+
+def _program(
+    module: nn.Module, values: Sequence[torch.Tensor], dims: Sequence[dict[int, Any]], called: Sequence[str]
+) -> Any:
+    """The ModelProto of a module that takes tensors, of which some dimensions are free."""
     with warnings.catch_warnings(), torch.no_grad(), unfused(), _quiet():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
-            _Flat(twin, batch).eval(),
-            tuple(tensors(batch)),
+            module.eval(),
+            tuple(values),
             dynamo=True,
-            input_names=list(names(batch)),
+            input_names=list(called),
             dynamic_shapes=(tuple(dims),) if any(dims) else None,
             opset_version=OPSET,
             verbose=False,
         )
-    return cast(Any, program).model_proto
+    proto = cast(Any, program).model_proto
+    _attention.by_rows(proto.graph)
+    _pools.pooled(proto.graph)
+    return proto
 
 
 def _skeleton(proto: Any, batch: Batch, template: Any) -> Skeleton:
@@ -236,8 +253,6 @@ def _skeleton(proto: Any, batch: Batch, template: Any) -> Skeleton:
             "every input must reach the output", got=", ".join(set(names(batch)) - kept) + " unused"
         )
     inputs = tuple(value.name for value in proto.graph.input)
-    _attention.by_rows(proto.graph)
-    _pools.pooled(proto.graph)
     return Skeleton(proto.SerializeToString(), inputs, tuple(shapes), template)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,11 +19,13 @@ _KEPT: dict[int, Any] = {}
 """Classes and functions that are part of an identity: kept alive, so that no other gets their id."""
 
 
-def identity(module: nn.Module) -> str:
-    """What decides how a module computes, apart from its parameters, buffers and children, as a digest in hex."""
-    state = {
-        k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules", "training")
-    }
+def identity(module: nn.Module, without: Collection[str] = ()) -> str:
+    """What decides how a module computes, apart from its parameters, buffers and children, as a digest in hex.
+
+    without: attributes that are left aside.
+    """
+    aside = {"_parameters", "_buffers", "_modules", "training", *without}
+    state = {k: v for k, v in vars(module).items() if k not in aside}
     digest = hashlib.sha256()
     for part in _parts((type(module), state), {id(module)}):
         digest.update(part.encode() + b"\0")
