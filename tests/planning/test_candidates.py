@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -138,6 +140,32 @@ def test_bits_differ_from_layer_to_layer_where_harm_is_known() -> None:
 def test_blocks_are_tried_where_a_weight_meets_few_inputs() -> None:
     assert "int4 blocks, int8 inputs" in names(nn.Linear(64, 64), torch.ones(1, 64), Goal())
     assert "int4 blocks, int8 inputs" not in names(nn.Linear(64, 64), torch.ones(128, 64), Goal())
+
+
+def test_a_variant_moves_outliers_into_the_weights_where_that_can_be_done() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)).eval()
+    sites, context = known(model, torch.randn(8, 64))
+    found = families(model, sites, Goal(), dataclasses.replace(context, examples=[torch.randn(8, 64)]))
+    dynamic = next(family for family in found if family.name.startswith("dynamic"))
+    smoothed, other = dynamic.variants()
+    assert smoothed.before == other.before == (Step("smooth", "1", {"target": "activations"}),)
+    assert (smoothed.steps, other.steps == dynamic.steps) == (dynamic.steps, False)
+    assert smoothed.plan(FOLDS).steps[:2] == (*FOLDS, *smoothed.before)
+    alone = next(f for f in families(model, sites, Goal(), context) if f.name == dynamic.name)
+    assert [family.before for family in alone.variants()] == [()]
+
+
+def test_a_loss_of_coded_weights_can_be_chosen() -> None:
+    model = nn.Linear(64, 64)
+    found = families(model, analyse(model, [torch.ones(1, 64)]).sites, Goal(minimize="size", max_drop=0.02))
+    first = next(family for family in found if "Huffman" in family.name)
+    assert first.at is not None
+    finer = first.at(first.loss / 4)
+    assert first.loss == 0.02
+    levels = [float(str(family.steps[""].options["level"])) for family in (first, finer)]
+    assert levels[0] == pytest.approx(2 * levels[1], rel=0.01)
+    assert levels[0] == pytest.approx((24 * 0.02 / 64**2) ** 0.5, rel=0.01)
 
 
 def test_inputs_are_rounded_by_row_in_a_family_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,7 +14,7 @@ from planning.made import ORIGINAL, measured, site, steps, survey
 from flyweight.evaluation.bench import Survey
 from flyweight.planning.candidates import Candidate, Family
 from flyweight.records import Goal, Measured, Trial
-from flyweight.search.hunt import REPAIRS, Hunt, Tools, first_guess
+from flyweight.search.hunt import FITS, REPAIRS, Hunt, Tools, first_guess, next_loss
 
 GOAL = Goal(max_drop=0.01)
 SITES = tuple(f"layer{i}" for i in range(8))
@@ -49,8 +50,9 @@ class World:
         return found
 
     def candidate(self, name: str) -> Candidate:
-        variant = self.candidate(self.variants[name]).family if name in self.variants else None
-        return Candidate(Family(name, steps(*SITES) if self.drops.get(name) else {}, {}, variant), "torch")
+        variants = [self.candidate(self.variants[name]).family] if name in self.variants else []
+        chosen = steps(*SITES) if self.drops.get(name) else {}
+        return Candidate(Family(name, chosen, variants=lambda: variants), "torch")
 
     def truth(self, name: str, spared: Sequence[str] = ()) -> tuple[float, float]:
         """(speedup, drop)."""
@@ -229,6 +231,57 @@ def test_the_exact_candidate_is_scored_first_so_that_something_is_safe() -> None
     world = World({"int8": 5.0, "float32": 1.5}, {"int8": EVEN})
     world.hunt()
     assert world.scored[:2] == ["float32", "int8"]
+
+
+@settings(max_examples=60)
+@given(st.floats(0.01, 30), st.floats(0.5, 2))
+def test_a_loss_is_fitted_to_the_bound(scale: float, power: float) -> None:
+    """A drop that grows with a power of the loss; the bytes fall with its logarithm. Within 0.3 bits of the best loss."""
+    scored: list[float] = []
+
+    def at(loss: float) -> Family:
+        return Family(f"coded {loss:g}", steps(*SITES, loss=loss), loss=loss, at=at)
+
+    def size(loss: float) -> int:
+        return max(50, int(500 - 50 * math.log2(loss / 1e-4)))
+
+    def measure(candidate: Candidate) -> Trial:
+        loss = candidate.family.loss
+        scored.append(loss)
+        drop = scale * loss**power
+        return trial(candidate, measured(candidate.name, goal, drop=drop, bytes=size(loss)))
+
+    goal = Goal(minimize="size", max_drop=0.01)
+    tools = Tools(
+        lambda c: survey(1.0, size(c.family.loss)), measure, lambda c, reason: trial(c, None, reason),
+        lambda family: {}, lambda: 0.0,
+    )  # fmt: skip
+    hunt = Hunt(goal, ORIGINAL, [site(name) for name in SITES], tools)
+    hunt.run([Candidate(at(goal.max_drop), "torch")])
+    ideal = (goal.max_drop / scale) ** (1 / power)
+    assert len(scored) <= 1 + FITS
+    best = hunt.best
+    if 2e-4 < ideal < 0.3:
+        assert best is not None
+        assert best.bytes <= size(ideal) + 80
+    assert best is None or best.drop <= goal.max_drop
+
+
+@pytest.mark.parametrize(
+    ("met", "loss", "drop", "expected"),
+    [
+        ({0.01: True}, 0.01, 0.005, 0.02),
+        ({0.01: True}, 0.01, 0.0095, None),
+        ({0.01: True}, 0.01, -0.001, 0.08),
+        ({0.01: False}, 0.01, 0.02, 0.005),
+        ({0.01: False}, 0.01, 1.0, 0.0013),
+        ({0.01: True, 0.04: False}, 0.04, 0.5, 0.02),
+        ({0.01: True, 0.011: False}, 0.011, 0.5, None),
+    ],
+)
+def test_the_next_loss(met: dict[float, bool], loss: float, drop: float, expected: float | None) -> None:
+    found = next_loss(met, loss, measured("c", GOAL, drop=drop), GOAL)
+    assert found == (None if expected is None else pytest.approx(expected, rel=0.05))
 
 
 @pytest.mark.parametrize("patience", range(12))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -14,13 +15,13 @@ from flyweight.analysis.machine import instructions
 from flyweight.planning.allocate import Level, allocate
 from flyweight.planning.damage import predicted
 from flyweight.records import JSON, Goal, Plan, Site, Step
-from flyweight.transforms import Context, _options
+from flyweight.transforms import Context, _options, smooth
 from flyweight.transforms.weight_only import nbytes
 
 LOW_BITS = (4, 3)
 """Widths below 8 bits that are tried; fewer break any sensible contract without training."""
-LOSSES = (0.01, 0.1, 0.3, 1.0)
-"""What Huffman-coded weights may add to the model's loss (nats) by prediction; what they do is measured."""
+LOSS = 0.01
+"""What Huffman-coded weights may add to the loss at first where no drop is allowed."""
 LINEAR = 0.1
 """Share of the arithmetic in linear layers above which their inputs are also rounded row by row."""
 FEW_ROWS = 16
@@ -38,8 +39,14 @@ class Family:
     steps: Mapping[str, Step] = field(default_factory=dict)
     gentler: Mapping[str, Step] = field(default_factory=dict)
     """For a spared site; a site without an entry is left as it is."""
-    variant: Family | None = None
-    """As fast and as large, but rounded otherwise; tried when this family breaks the contract."""
+    before: tuple[Step, ...] = ()
+    """Steps that keep what the model computes and make it easier to round."""
+    variants: Callable[[], Sequence[Family]] = tuple
+    """As fast and as large, but rounded otherwise; tried in turn when this family breaks the contract."""
+    loss: float = 0.0
+    """What its weights add to the model's loss, in nats, by prediction; 0: not told."""
+    at: Callable[[float], Family] | None = None
+    """The same with another loss."""
 
     @property
     def methods(self) -> frozenset[str]:
@@ -55,7 +62,7 @@ class Family:
             del chosen[name]
             if name in self.gentler:
                 chosen[name] = self.gentler[name]
-        return Plan((*folds, *(chosen[name] for name in self.steps if name in chosen)))
+        return Plan((*folds, *self.before, *(chosen[name] for name in self.steps if name in chosen)))
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,13 @@ def families(
     stored = _steps(model, sites, "weight_only", {})
     found = [Family(_ORIGINAL), Family("int8 weights", stored)]
     if goal.minimize == "size":
-        found += _entropy(model, sites, stored)
+        found += _entropy(model, sites, stored, goal.max_drop or LOSS)
     if goal.minimize != "latency":
         low = _low_bit(model, sites, stored)
         found += low
         found += _mixed(model, sites, low[0], context) if low and context is not None else []
     found += _blocks(model, sites, stored)
-    found += _int8(model, sites, stored)
+    found += _int8(model, sites, stored, _scaled(model, sites, context))
     return [family for family in found if family.steps or family.name == _ORIGINAL]
 
 
@@ -146,31 +153,65 @@ def _blocks(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step])
     return [Family("int4 blocks, int8 inputs", {**stored, **steps}, stored)] if steps else []
 
 
-def _entropy(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
-    """Integers that a Huffman coder packs, all layers on one water level; a spared site has the next finer level."""
+def _entropy(
+    model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step], loss: float
+) -> list[Family]:
+    """Integers that a Huffman coder packs, all layers on one water level, which the search then fits to the bound.
+
+    It begins with a loss as large as the drop that is allowed: where the score is a likelihood, that is the drop.
+    """
     weights = sum(model.get_submodule(s.name).get_parameter("weight").numel() for s in sites if s.macs) or 1
-    found, gentler = [], stored
-    for loss in LOSSES:
-        level = float(f"{math.sqrt(24 * loss / weights):.3g}")  # an entry adds about level^2 / 24
-        steps = dict(stored) | _steps(model, sites, "weight_only", {"code": "entropy", "step": 0.25})
-        steps |= _steps(
-            model, sites, "weight_only", {"code": "entropy", "rounding": "waterfilling", "level": level}
-        )
-        if steps != stored:
-            found.append(Family(f"Huffman-coded weights, loss {loss:g}", steps, gentler))
-            gentler = steps
-    return found
+    level = float(f"{math.sqrt(24 * loss / weights):.3g}")  # an entry adds about level^2 / 24
+    steps = dict(stored) | _steps(model, sites, "weight_only", {"code": "entropy", "step": 0.25})
+    fed: dict[str, JSON] = {"code": "entropy", "rounding": "waterfilling", "level": level}
+    steps |= _steps(model, sites, "weight_only", fed)
+    if steps == stored:
+        return []
+    at = functools.partial(_entropy, model, sites, stored)
+    name = f"Huffman-coded weights, loss {loss:.2g}"
+    return [Family(name, steps, stored, loss=loss, at=lambda other: at(other)[0])]
 
 
-def _int8(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
+def _scaled(
+    model: nn.Module, sites: Sequence[Site], context: Context | None
+) -> Callable[[str], tuple[Step, ...]]:
+    """The steps of `smooth` that fit a model, for its target; they are looked for when they are first asked for."""
+
+    @functools.cache
+    def places() -> tuple[str, ...]:
+        known = {site.name for site in sites}
+        if context is None or not context.examples or not _mostly_linear(sites):
+            return ()
+        return tuple(path for path in smooth.places(model, context.examples[:1]) if path in known)
+
+    return lambda target: tuple(Step("smooth", path, {"target": target}) for path in places())
+
+
+def _int8(
+    model: nn.Module,
+    sites: Sequence[Site],
+    stored: Mapping[str, Step],
+    scaled: Callable[[str], tuple[Step, ...]],
+) -> list[Family]:
     """Integer arithmetic: with the full range of weights where its sums cannot saturate, else with the reduced range.
 
-    The other range is the variant, since it sometimes rounds better all the same.
+    Variants have outliers of the inputs moved into the weights where that can be done, and the other range, since it
+    sometimes rounds better all the same.
     """
     full = bool({"avx512_vnni", "avx_vnni", "asimd"} & set(instructions()))
     first, second = (_ranged(model, sites, stored, reduced=reduced) for reduced in (not full, full))
+
+    def variants(family: Family, other: Family) -> list[Family]:
+        before = scaled("activations")
+        if not before:
+            return [other]
+        return [dataclasses.replace(f, name=f"{f.name}, smoothed", before=before) for f in (family, other)]
+
     pairs = zip(first, second, strict=True)
-    return [dataclasses.replace(family, variant=variant) for family, variant in pairs]
+    return [
+        dataclasses.replace(family, variants=functools.partial(variants, family, other))
+        for family, other in pairs
+    ]
 
 
 def _ranged(

@@ -65,7 +65,7 @@ def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured 
 def nearest(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured:
     """When nothing meets the goal: the improving candidate whose drop exceeds the bound least, else the original."""
     able = [m for m in found if improves(m, goal, original)]
-    return min(able, key=lambda m: (_worst_drop(m), -gain_of(m, goal, original)), default=original)
+    return min(able, key=lambda m: (worst_drop(m), -gain_of(m, goal, original)), default=original)
 
 
 def front(found: Sequence[Measured], goal: Goal, original: Measured) -> tuple[Measured, ...]:
@@ -78,5 +78,6 @@ def front(found: Sequence[Measured], goal: Goal, original: Measured) -> tuple[Me
     return tuple(kept)
 
 
-def _worst_drop(candidate: Measured) -> float:
+def worst_drop(candidate: Measured) -> float:
+    """The upper end of a drop's interval; the drop itself where there is none."""
     return candidate.drop if candidate.drop_interval is None else candidate.drop_interval.high

@@ -12,9 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import onnx
 import torch
-from onnx import helper, numpy_helper
 from torch import nn
 from torch.func import functional_call
 from torch.utils import _pytree as trees
@@ -135,7 +133,7 @@ def export(
     del outer.graph.node[:]
     for node in nodes:
         if node.domain == domain and node.op_type == BLOCK:
-            path = helper.get_attribute_value(node.attribute[0]).decode()
+            path = node.attribute[0].s.decode()
             leader = found.leaders[path]
             _fill(outer.graph, node, bodies[leader], (leader, path), twin.get_submodule(path))
         else:
@@ -154,6 +152,8 @@ def _body(block: nn.Module, call: _Call, program: Program) -> Any:
 
 def _fill(graph: Any, node: Any, body: Any, places: tuple[str, str], block: nn.Module) -> None:
     """Append a block's nodes to a graph in place of its open node; places: of the block exported, and of this one."""
+    from onnx import numpy_helper
+
     (leader, path), state = places, list(_state(block))
     names = {input_name(index): name for index, name in enumerate(node.input)}
     for index, (name, value) in enumerate(state, start=len(node.input)):
@@ -164,17 +164,17 @@ def _fill(graph: Any, node: Any, body: Any, places: tuple[str, str], block: nn.M
             )
     names |= {body.graph.output[0].name: node.output[0], "": ""}
     for item in body.graph.initializer:
-        copy = onnx.TensorProto.FromString(item.SerializeToString())
+        copy = graph.initializer.add()
+        copy.CopyFrom(item)
         copy.name = names.setdefault(item.name, f"{path}/{item.name}")
-        graph.initializer.append(copy)
     for one in body.graph.node:
-        copy = onnx.NodeProto.FromString(one.SerializeToString())
+        copy = graph.node.add()
+        copy.CopyFrom(one)
         for ends in (copy.input, copy.output):
             ends[:] = [names.setdefault(name, f"{path}/{name}") for name in ends]
         for attribute in copy.attribute:
             if copy.op_type == "Site" and attribute.name == "path":
                 attribute.s = (path + attribute.s.decode().removeprefix(leader)).encode()
-        graph.node.append(copy)
 
 
 def input_name(index: int) -> str:
@@ -219,8 +219,4 @@ def _sized(leaf: Any) -> Any:
 
 
 def _free(tensor: torch.Tensor) -> dict[int, Any]:
-    return {
-        place: torch.export.Dim.AUTO
-        for place, size in enumerate(tensor.shape)
-        if isinstance(size, torch.SymInt)
-    }
+    return {place: torch.export.Dim.AUTO for place, size in enumerate(tensor.shape) if type(size) is not int}

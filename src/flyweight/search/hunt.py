@@ -8,6 +8,7 @@ sensitive sites are spared, as few as the contract allows, by bisection along th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,10 @@ MUCH_SLOWER = 0.7
 """Speed, the original's being 1, below which a way to run weights is given up, however the weights are stored."""
 REPAIRS = 5
 """Evaluations spent on repairing one family."""
+FITS = 5
+"""Evaluations spent on fitting the loss of one family to the bound."""
+FAR, NEAR = 8.0, 1.15
+"""How many times larger or smaller the next loss may be, and how far apart losses are that are told apart."""
 ALTERNATIVES = 2
 """Further families scored when there is time, so that the trade-off has more points than the winner."""
 
@@ -57,8 +62,11 @@ class Hunt:
         for candidate in ([safe] if safe else []) + order:
             if candidate not in self.trials:
                 self._try(candidate, forced=candidate is safe)
+        fitting = [c for c in order if c.family.at is not None and self.trials[c].measured is not None]
+        for candidate in fitting[:1]:
+            self._fit(candidate)
         for candidate in order:
-            if self._worth_repair(candidate):
+            if candidate.family.at is None and self._worth_repair(candidate):
                 self._mend(candidate)
         self._alternatives(order)
 
@@ -151,18 +159,40 @@ class Hunt:
         return failed and bool(candidate.family.steps) and not self._hopeless(candidate)
 
     def _mend(self, candidate: Candidate) -> None:
-        """Try the family's variant; where that breaks the contract too, repair the better of the two."""
-        better = candidate
-        if candidate.family.variant is not None and self._may_go_on():
-            variant = dataclasses.replace(candidate, family=candidate.family.variant)
-            self.surveys[variant] = self.tools.survey(variant)
-            tried = self._try(variant).measured
-            if tried is not None and tried.verdict == "met":
+        """Try the family's variants; where all break the contract too, repair the one with the least drop."""
+        tried = [candidate]
+        for family in candidate.family.variants():
+            if not self._may_go_on():
+                break
+            tried.append(dataclasses.replace(candidate, family=family))
+            found = self._surveyed(tried[-1])
+            if found is not None and found.verdict == "met":
                 return
-            measured = self.trials[candidate].measured
-            if tried is not None and measured is not None and tried.drop < measured.drop:
-                better = variant
-        self._repair(better)
+        self._repair(min(tried, key=self._drop))
+
+    def _drop(self, candidate: Candidate) -> float:
+        """What was measured; infinite where nothing was."""
+        measured = self.trials[candidate].measured
+        return math.inf if measured is None else measured.drop
+
+    def _surveyed(self, candidate: Candidate) -> Measured | None:
+        """Survey and score a candidate that the search thought of; None where it cannot win."""
+        self.surveys[candidate] = self.tools.survey(candidate)
+        return self._try(candidate).measured
+
+    def _fit(self, candidate: Candidate) -> None:
+        """Fit a family's loss to the bound: the largest within it, since the less a model must keep, the smaller it is."""
+        met: dict[float, bool] = {}
+        for _ in range(FITS):
+            family, measured = candidate.family, self.trials[candidate].measured
+            if measured is None or family.at is None:
+                return
+            met[family.loss] = measured.verdict == "met"
+            loss = next_loss(met, family.loss, measured, self.goal)
+            if loss is None or not self._may_go_on():
+                return
+            candidate = dataclasses.replace(candidate, family=family.at(loss))
+            self._surveyed(candidate)
 
     def _repair(self, candidate: Candidate) -> None:
         """Spare sites, most sensitive first: as few as the contract allows."""
@@ -177,8 +207,8 @@ class Hunt:
             if not low < count < high or not self._may_go_on():
                 break
             spared = candidate.sparing(order[:count])
-            self.surveys[spared] = self.tools.survey(spared)
-            trial = self._try(spared)
+            self._surveyed(spared)
+            trial = self.trials[spared]
             met = trial.measured is not None and trial.measured.verdict == "met"
             if met or trial.state == "skipped":  # skipped: with so many spared there is nothing to gain
                 high = count
@@ -187,9 +217,31 @@ class Hunt:
             count = (low + min(high, len(order))) // 2 if high <= len(order) else min(2 * count, len(order))
 
 
+def next_loss(met: Mapping[float, bool], loss: float, measured: Measured, goal: Goal) -> float | None:
+    """The loss to try after one that was measured, were the drop proportional to it; None where the bound is met closely.
+
+    met: of the losses tried so far, whether they kept the bound. It is between the largest that did and the smallest that
+    did not.
+    """
+    worst = choose.worst_drop(measured)
+    low = max((one for one, kept in met.items() if kept), default=0.0)
+    high = min((one for one, kept in met.items() if not kept), default=math.inf)
+    if high <= low * NEAR:
+        return None
+    factor = min(max(goal.max_drop / worst, 1 / FAR), FAR) if worst > 0 else FAR
+    wish = loss * factor
+    if met[loss] and wish <= low * NEAR:
+        return None
+    if low == 0:
+        wish = min(wish, high / 2)
+    elif not low < wish < high:
+        wish = math.sqrt(low * high)
+    return float(f"{wish:.2g}")
+
+
 def first_guess(damages: Sequence[float], measured: Measured, goal: Goal) -> int:
     """How many sites to spare, were the drop proportional to the sum of the damages that remain; at least 1."""
-    worst = measured.drop if measured.drop_interval is None else measured.drop_interval.high
+    worst = choose.worst_drop(measured)
     target = sum(damages) * max(0.0, min(1.0, goal.max_drop / worst)) if worst > 0 else 0.0
     remaining, count = sum(damages), 0
     while count < len(damages) and remaining > target:
