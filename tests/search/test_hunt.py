@@ -163,6 +163,21 @@ def test_what_cannot_win_is_not_scored() -> None:
     )
 
 
+@pytest.mark.parametrize(("drop", "scored"), [(0.001, ["first", "second"]), (0.0001, ["first"])])
+def test_what_is_as_fast_is_scored_too_if_the_best_gives_up_quality(drop: float, scored: list[str]) -> None:
+    """The time for alternatives is used up here."""
+    world = World(
+        {"first": 3.0, "second": 2.995},
+        {"first": [drop] * 8, "second": [0.0001] * 8},
+        sizes={"first": 250, "second": 251},
+    )
+    world.patience = 5
+    hunt = world.hunt()
+    assert world.scored == scored
+    assert hunt.best is not None
+    assert hunt.best.name == scored[-1]
+
+
 def test_what_is_slower_than_the_original_is_never_scored() -> None:
     world = World(
         {"float32": 1.5, **{f"slow {i}": 0.9 for i in range(5)}}, {f"slow {i}": EVEN for i in range(5)}

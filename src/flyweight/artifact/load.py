@@ -94,11 +94,11 @@ def load_predictor(folder: str | Path) -> Predictor:
         # It may go then: what a runtime has not read into memory by now, it holds mapped.
         run = runtime.open_file(place, said.session)
 
+    names, shapes = [spec.name for spec in said.inputs], [spec.shape for spec in said.inputs]
+
     def call(batch: Batch) -> Any:
-        values = match(batch, [spec.name for spec in said.inputs], [spec.shape for spec in said.inputs])
-        found = run(
-            {spec.name: v.detach().cpu().numpy() for spec, v in zip(said.inputs, values, strict=True)}
-        )
+        values = match(batch, names, shapes)
+        found = run({name: v.detach().cpu().numpy() for name, v in zip(names, values, strict=True)})
         return _structure.restore(said.outputs, map(torch.from_numpy, found))
 
     return Predictor(

@@ -8,6 +8,8 @@ from flyweight.records import Goal, Measured, Objective
 
 TIE = 1.02
 """Gains closer than this are equal; the other figures decide then."""
+NOISE = 1.05
+"""Speeds whose intervals overlap are equal too, if they are closer than this; sizes closer than this are."""
 
 
 def gain(objective: Objective, original: Measured, speedup: float, size: int, memory: int | None) -> float:
@@ -45,21 +47,24 @@ def speed_counts(goal: Goal) -> bool:
 def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured | None:
     """The candidate within the bound with the largest gain.
 
-    Among ties it is the one that is better in the other figures; of those that are no larger and that the timing cannot tell
-    from it, the one with the least drop.
+    Gains that the timing cannot tell apart are ties. A drop is given up for good, a tie's speed is luck: so among ties of
+    about the same size the least drop wins. What is much smaller wins before that, since every drop here is one that the goal
+    allows.
     """
     able = [m for m in found if m.verdict == "met" and improves(m, goal, original)]
     if not able:
         return None
-    top = max(gain_of(m, goal, original) for m in able)
-    ties = [m for m in able if gain_of(m, goal, original) * TIE >= top]
+    top = max(able, key=lambda m: gain_of(m, goal, original))
+    ties = [m for m in able if _ties(m, top, goal, original)]
     first = max(ties, key=lambda m: m.speedup * original.bytes / m.bytes)
-    alike = [
-        m
-        for m in ties
-        if m.bytes <= first.bytes * TIE and m.speedup_interval.high >= first.speedup_interval.low
-    ]
-    return min(alike, key=lambda m: m.drop)
+    return min((m for m in ties if m.bytes <= first.bytes * NOISE), key=lambda m: m.drop)
+
+
+def _ties(candidate: Measured, top: Measured, goal: Goal, original: Measured) -> bool:
+    """Whether a gain is equal to the largest: nearly, or as far as its timing tells."""
+    behind = gain_of(top, goal, original) / gain_of(candidate, goal, original)
+    unsure = candidate.speedup_interval.high >= top.speedup_interval.low
+    return behind <= TIE or (goal.minimize == "latency" and unsure and behind <= NOISE)
 
 
 def nearest(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured:

@@ -27,6 +27,8 @@ FITS = 5
 """Evaluations spent on fitting the loss of one family to the bound."""
 FAR, NEAR = 8.0, 1.15
 """How many times larger or smaller the next loss may be, and how far apart losses are that are told apart."""
+SPENT = 0.25
+"""Share of the drop that the goal allows up to which the best is good enough that equally fast ones are not scored too."""
 ALTERNATIVES = 2
 """Further families scored when there is time, so that the trade-off has more points than the winner."""
 
@@ -149,7 +151,8 @@ class Hunt:
         if hope < bar:
             return f"{gain:.2f} x, and {best.name} on {best.runtime} reaches {bar:.2f} x within the contract"
         merit = survey.speedup_high / survey.bytes
-        if hope <= bar * choose.TIE and merit <= best.speedup / best.bytes * choose.TIE:
+        sparing = best.drop <= SPENT * self.goal.max_drop  # else a tie may win by a smaller drop
+        if sparing and hope <= bar * choose.TIE and merit <= best.speedup / best.bytes * choose.TIE:
             return f"no better than {best.name} on {best.runtime}, which meets the contract"
         return ""
 
