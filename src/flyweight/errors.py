@@ -5,6 +5,9 @@ The command line prints the sentence without a traceback and ends with the class
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 def first_line(error: BaseException) -> str:
     """The class and first line of somebody else's error, at most 200 characters."""
@@ -33,6 +36,28 @@ class FlyweightError(Exception):
         if self.where:
             sentence += f" (at {self.where})"
         return f"{sentence}; {self.way_out}" if self.way_out else sentence
+
+
+@contextmanager
+def foreign(
+    answer: type[FlyweightError],
+    rule: str,
+    *,
+    where: str | Callable[[BaseException], str] = "",
+    way_out: str = "",
+    quoted: Callable[[BaseException], str] = first_line,
+) -> Iterator[None]:
+    """Run code that is not ours, a task's, a model's or a library's; whatever it raises becomes an error of ours.
+
+    where: the place, or what finds it in the error; quoted: what to tell of the error. Errors of ours pass as they are.
+    """
+    try:
+        yield
+    except FlyweightError:
+        raise
+    except (Exception, SystemExit) as error:  # the border to others' code, which may raise anything
+        place = where if isinstance(where, str) else where(error)
+        raise answer(rule, got=quoted(error), where=place, way_out=way_out) from error
 
 
 class UsageError(FlyweightError):

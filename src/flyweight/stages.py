@@ -18,7 +18,7 @@ from flyweight.artifact import export as exporting
 from flyweight.artifact import format as spec
 from flyweight.artifact.atomic import atomic_write_text
 from flyweight.artifact.load import load_module, load_predictor
-from flyweight.errors import ArtifactError, UsageError, first_line
+from flyweight.errors import ArtifactError, UsageError, foreign
 from flyweight.evaluation import timing
 from flyweight.evaluation.bench import Bench, Survey
 from flyweight.evaluation.language import further
@@ -242,14 +242,9 @@ def _opened(folder: Path, task: Task) -> tuple[Predict, spec.Manifest]:
         predict = load_predictor(folder)
     else:
         predict = caller(load_module(folder, task.model))
-    try:
+    rule, way_out = "the artifact must take the task's examples", f"it was made for the task {said.task!r}"
+    with foreign(ArtifactError, rule, where=str(folder), way_out=way_out):
         predict(task.examples[0])
-    except Exception as error:  # a runtime refuses another model's input with errors of its own
-        rule, way_out = (
-            "the artifact must take the task's examples",
-            f"it was made for the task {said.task!r}",
-        )
-        raise ArtifactError(rule, got=first_line(error), where=str(folder), way_out=way_out) from error
     return predict, said
 
 

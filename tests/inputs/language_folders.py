@@ -48,7 +48,9 @@ def encoder(folder: Path) -> Path:
         vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=64,
     )  # fmt: skip
-    BertLMHeadModel(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        BertLMHeadModel(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flyweight.analysis.calls import unfused
-from flyweight.errors import ModelError
+from flyweight.errors import ModelError, foreign
 from flyweight.inputs.check import run
 from flyweight.records import Batch
 
@@ -197,9 +197,10 @@ def _repeats(model: nn.Module, chain: Chain, example: Batch) -> bool:
         return False
     state = found.states[0]
     try:
-        for path, arguments in zip(chain.paths, found.arguments, strict=True):
-            state = leaving(model.get_submodule(path), arguments[0], state)
-    except Exception:  # the user's blocks may raise anything when they meet their arguments a second time
+        with foreign(ModelError, "blocks must take their arguments a second time"):
+            for path, arguments in zip(chain.paths, found.arguments, strict=True):
+                state = leaving(model.get_submodule(path), arguments[0], state)
+    except ModelError:
         return False
     gap = torch.dist(state.double(), ends[0].double()) if state.shape == ends[0].shape else math.inf
     return bool(gap <= _CLOSE * ends[0].double().norm())

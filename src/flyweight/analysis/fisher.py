@@ -22,8 +22,9 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from flyweight.analysis.calls import Call, Watch, tensors_in, unfused
 from flyweight.analysis.gram import site_weights
-from flyweight.errors import DataError, first_line
+from flyweight.errors import DataError, foreign
 from flyweight.inputs._examples import shape
+from flyweight.inputs.check import call
 from flyweight.records import Batch
 
 ENOUGH = 4096
@@ -113,17 +114,12 @@ def _forward(
             edges.append((path, get_gradient_edge(call.output), channels))
 
     batch = examples[index]
-    try:
-        with Watch(weights, note, lambda path, function: None):
-            if isinstance(batch, torch.Tensor):
-                return edges, model(batch)
-            return edges, model(**batch) if isinstance(batch, dict) else model(*batch)
-    except Exception as error:  # the user's forward may raise anything
-        raise DataError(
-            "the model must accept every example, with gradients",
-            got=first_line(error),
-            where=f"examples[{index}], {shape(batch)}",
-        ) from error
+    where = f"examples[{index}], {shape(batch)}"
+    with (
+        foreign(DataError, "the model must accept every example, with gradients", where=where),
+        Watch(weights, note, lambda path, function: None),
+    ):
+        return edges, call(model, batch)
 
 
 def _vocabularies(model: nn.Module) -> set[int]:

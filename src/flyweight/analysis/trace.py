@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
-from flyweight.errors import first_line
+from flyweight.errors import ModelError, foreign
+from flyweight.inputs.check import arguments
 from flyweight.records import Batch
 
 _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
@@ -28,18 +28,13 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
     """Trace a model in eval mode on one batch; a model that cannot be traced gives an empty Trace with the reason."""
     if not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         return Trace({})
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = {}
-    if isinstance(batch, dict):
-        kwargs = batch
-    else:
-        args = (batch,) if isinstance(batch, torch.Tensor) else tuple(batch)
+    args, kwargs = arguments(batch)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with foreign(ModelError, "traceable"), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:  # the tracer raises whatever the user's own forward provokes
-        return Trace({}, f"the model cannot be traced: {first_line(error)}")
+    except ModelError as error:
+        return Trace({}, f"the model cannot be traced: {error.got}")
     return Trace(_norms(program))
 
 

@@ -17,7 +17,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -37,14 +37,11 @@ def atomic_write_text(path: Path, text: str) -> None:
     """
     path = path.absolute()
     part = _beside(path, "part")
-    with disk_errors(path), locked(path.parent) as parent:
-        try:
-            write_file(part, text.encode("utf-8", "backslashreplace"))
-            point("text:written")
-            part.rename(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    with disk_errors(path), locked(path.parent) as parent, ExitStack() as undo:
+        undo.callback(part.unlink, missing_ok=True)
+        write_file(part, text.encode("utf-8", "backslashreplace"))
+        point("text:written")
+        part.rename(path)
         point("text:renamed")
         os.fsync(parent)
 
@@ -59,17 +56,16 @@ def replace_folder(folder: Path, fill: Callable[[Path], T]) -> T:
     with disk_errors(folder), locked(folder.parent) as parent:
         _recover(folder)
         _remove(part)
-        try:
+        with ExitStack() as undo:
+            undo.callback(shutil.rmtree, part, ignore_errors=True)
+            undo.callback(_recover, folder)
             part.mkdir()
             point("folder:made")
             result = fill(part)
-            _sync(part)
+            sync(part)
             point("folder:filled")
             _put(part, folder)
-        except BaseException:
-            _recover(folder)
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+            undo.pop_all()
         point("folder:placed")
         os.fsync(parent)
         for leftover in (part, old):
@@ -105,6 +101,15 @@ def synced_file(path: Path) -> Iterator[Callable[[bytes], None]]:
     handle = os.open(path, flags, 0o666)
     try:
         yield lambda data: _write_all(handle, data)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -160,11 +165,3 @@ def _beside(path: Path, end: str) -> Path:
 def _remove(folder: Path) -> None:
     if is_there(folder):
         shutil.rmtree(folder)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from flyweight import discover, transforms
-from flyweight.errors import DataError, FlyweightError, ModelError, first_line
+from flyweight.errors import DataError, FlyweightError, ModelError, foreign
 from flyweight.evaluation import memory, timing
 from flyweight.evaluation.quality import Drop, Scores, compare, judge
 from flyweight.inputs.check import run
@@ -219,20 +219,14 @@ class Bench:
         shutil.rmtree(where, ignore_errors=True)
         where.mkdir(parents=True)
         method = discover.method("runtimes", runtime)
-        try:
+        with foreign(ModelError, f"{runtime} must load the model"):
             predictor: Predictor = method.prepare(model, self.task.examples, where)
-        except FlyweightError:
-            raise
-        except Exception as error:  # a runtime refuses a graph with errors of its own
-            raise ModelError(f"{runtime} must load the model", got=first_line(error)) from error
         return predictor
 
     def _check(self, built: Built, predictor: Predictor) -> float:
         """How far the runtime's output is from the model's own on the first example; ModelError when it is not finite."""
-        try:
+        with foreign(ModelError, f"{predictor.runtime} must run the model"):
             found = predictor(built.batch)
-        except Exception as error:  # a runtime fails with errors of its own
-            raise ModelError(f"{predictor.runtime} must run the model", got=first_line(error)) from error
         worst = deviation(built.output, found)
         if not worst < float("inf"):
             raise ModelError(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flyweight.errors import DataError, first_line
+from flyweight.errors import DataError, foreign
 from flyweight.records import Goal, Interval, Predict
 
 FEW = 10
@@ -62,15 +62,8 @@ def judge(score: Callable[[Predict], float | Sequence[float]], predict: Predict,
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    try:
-        found = score(predict)
-    except DataError:
-        raise
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise DataError(
-            "the task's score must not fail", got=first_line(error), where="Task.score"
-        ) from error
-    return _scores(found)
+    with foreign(DataError, "the task's score must not fail", where="Task.score"):
+        return _scores(score(predict))
 
 
 def compare(original: Scores, candidate: Scores, exact: bool = False) -> Drop:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from flyweight.errors import DataError, first_line
+from flyweight.errors import DataError, foreign
 from flyweight.records import Batch
 
 _USUAL = 0.999
@@ -29,12 +29,8 @@ def check_examples(examples: Any) -> tuple[tuple[Batch, ...], list[str]]:
             where="Task.examples",
             way_out="a generator is used up after one pass: make it a list",
         )
-    try:
+    with foreign(DataError, "the examples must be readable", where="Task.examples"):
         found = tuple(examples)
-    except Exception as error:  # the user's own sequence may raise anything
-        raise DataError(
-            "the examples must be readable", got=first_line(error), where="Task.examples"
-        ) from error
     if not found:
         raise DataError(
             "calibration needs at least 1 batch",

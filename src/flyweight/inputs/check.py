@@ -6,13 +6,13 @@ import copy
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from flyweight.errors import DataError, ModelError, UsageError, first_line
+from flyweight.errors import DataError, ModelError, UsageError, foreign
 from flyweight.inputs._examples import check_examples, parts, shape
 from flyweight.records import Batch, Task
 
@@ -36,14 +36,10 @@ def check(task: Task) -> tuple[Task, tuple[str, ...]]:
     notes += said
     if any(module.training for module in task.model.modules()):
         notes.append("the model came in training mode; it is evaluated in eval mode, and left as it came")
-    try:
+    with foreign(
+        ModelError, "the model must be copyable", way_out="keep files, locks and handles outside it"
+    ):
         model = copy.deepcopy(task.model).eval()
-    except Exception as error:  # a module may hold anything
-        raise ModelError(
-            "the model must be copyable",
-            got=first_line(error),
-            way_out="keep files, locks and handles outside it",
-        ) from error
     run_example(model, examples, 0)
     return dataclasses.replace(task, model=model, examples=examples), tuple(notes)
 
@@ -79,12 +75,23 @@ def check_model(model: Any) -> list[str]:
     return notes
 
 
+def arguments(batch: Batch) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """How a model is called with a batch: what stands by place, and what by name."""
+    if isinstance(batch, dict):
+        return (), batch
+    return ((batch,) if isinstance(batch, torch.Tensor) else tuple(batch)), {}
+
+
+def call(model: Callable[..., Any], batch: Batch) -> Any:
+    """What a model or function gives on a batch."""
+    args, kwargs = arguments(batch)
+    return model(*args, **kwargs)
+
+
 def run(model: nn.Module, batch: Batch) -> Any:
     """The model's output on a batch, without gradients; the model's mode is not changed."""
     with torch.no_grad():
-        if isinstance(batch, torch.Tensor):
-            return model(batch)
-        return model(**batch) if isinstance(batch, dict) else model(*batch)
+        return call(model, batch)
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -119,16 +126,14 @@ def _finite(name: str, tensor: torch.Tensor, mask: bool) -> list[str]:
 def run_example(model: nn.Module, examples: Sequence[Batch], index: int) -> Any:
     """The model's output on one example; raises DataError that names the example when the model refuses it."""
     batch = examples[index]
-    try:
+    usual = "a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)"
+    with foreign(
+        DataError,
+        "the model must accept every example",
+        where=f"examples[{index}], {shape(batch)}",
+        way_out=_cast(model, batch) or usual,
+    ):
         return run(model, batch)
-    except Exception as error:  # the user's forward may raise anything
-        raise DataError(
-            "the model must accept every example",
-            got=first_line(error),
-            where=f"examples[{index}], {shape(batch)}",
-            way_out=_cast(model, batch)
-            or "a tensor is passed as model(x), a tuple as model(*xs), a dict as model(**xs)",
-        ) from error
 
 
 def _cast(model: nn.Module, batch: Batch) -> str:

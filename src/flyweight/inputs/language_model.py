@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from flyweight.errors import DataError, MachineError, ModelError, UsageError, first_line
+from flyweight.errors import DataError, MachineError, ModelError, UsageError, first_line, foreign
 from flyweight.inputs._text import parts, read_text, require, windows
 from flyweight.records import Predict, Task
 
@@ -29,6 +29,8 @@ LEAST_CALIBRATING, LEAST_JUDGING = 2, 8
 """Windows without which there is no task."""
 SMALLEST_WINDOW = 8
 _BATCH = 4
+_LEAK = 1e-4
+"""Change of a logit, as a share of the largest, from which it counts as one: rounding errors are a hundredth of that."""
 _PROMPTS, _PROMPT = 8, 32
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -125,17 +127,9 @@ def hollow_model(folder: Path) -> Logits:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     make: Any = AutoModelForCausalLM.from_config
-    try:
+    with _reading("know the causal language model", folder, "model"), _quiet(), _parameters_on_meta():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        with _quiet(), _parameters_on_meta():
-            model = make(config, dtype=torch.float32, trust_remote_code=False)
-    except Exception as error:  # transformers answers a foreign folder with errors of many kinds
-        raise ModelError(
-            "transformers must know the causal language model",
-            got=first_line(error),
-            where=str(folder),
-            way_out="write it with model.save_pretrained(FOLDER); code in the folder is not run",
-        ) from error
+        model = make(config, dtype=torch.float32, trust_remote_code=False)
     model.config.use_cache = False
     return Logits(model).eval().requires_grad_(False)
 
@@ -255,15 +249,8 @@ def _front(tokenizer: Any) -> list[int]:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
+    with _reading("be able to read the tokenizer", folder, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers answers a foreign folder with errors of many kinds
-        raise ModelError(
-            "transformers must be able to read the tokenizer",
-            got=first_line(error),
-            where=str(folder),
-            way_out="write it with tokenizer.save_pretrained(FOLDER); code in the folder is not run",
-        ) from error
 
 
 def _model(folder: Path) -> Logits:
@@ -272,7 +259,7 @@ def _model(folder: Path) -> Logits:
     read: Any = (
         AutoModelForCausalLM.from_pretrained
     )  # its annotations leave out what it says beside the model
-    try:
+    with _reading("be able to read a causal language model", folder, "model"):
         model, said = read(
             folder,
             local_files_only=True,
@@ -281,13 +268,6 @@ def _model(folder: Path) -> Logits:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except Exception as error:  # transformers answers a foreign folder with errors of many kinds
-        raise ModelError(
-            "transformers must be able to read a causal language model",
-            got=first_line(error),
-            where=str(folder),
-            way_out="write it with model.save_pretrained(FOLDER); code in the folder is not run",
-        ) from error
     missing = sorted(said["missing_keys"])
     if missing:
         raise ModelError(
@@ -312,20 +292,23 @@ def _check_model(model: Logits, found: torch.Tensor, folder: Path) -> None:
         )
     pair = found[:1, :SMALLEST_WINDOW].repeat(2, 1)
     pair[1, -1] = (pair[1, -1] + 1) % rows
-    try:
-        with torch.no_grad():
-            first, second = model(pair)[:, :-1]
-    except Exception as error:  # the model's class may want other inputs, in words of its own
-        raise ModelError(
-            "a language model must give logits of token ids alone", got=first_line(error), where=str(folder)
-        ) from error
-    if not torch.allclose(first, second, rtol=1e-3, atol=1e-4, equal_nan=True):
+    alone = "a language model must give logits of token ids alone"
+    with torch.no_grad(), foreign(ModelError, alone, where=str(folder)):
+        first, second = model(pair)[:, :-1]
+    leak = _LEAK * float(first.nan_to_num().abs().max())
+    if not torch.allclose(first, second, rtol=0, atol=leak, equal_nan=True):
         raise ModelError(
             "a language model must not see the tokens that it predicts",
             got="logits that change with later tokens",
             where=str(folder),
             way_out="an encoder is optimized by a task file: give PATH.py",
         )
+
+
+def _reading(rule: str, folder: Path, what: str) -> contextlib.AbstractContextManager[None]:
+    """Where transformers reads a folder that may be foreign, which it answers with errors of many kinds."""
+    way_out = f"write it with {what}.save_pretrained(FOLDER); code in the folder is not run"
+    return foreign(ModelError, f"transformers must {rule}", where=str(folder), way_out=way_out)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from flyweight.errors import DataError, FlyweightError, MachineError, UsageError, first_line
+from flyweight.errors import DataError, MachineError, UsageError, foreign
 from flyweight.records import Task
 
 
@@ -24,17 +24,13 @@ def read_task(reference: str) -> Task:
     """
     path, name = _split(reference)
     function = _function(_module(path), name, path)
-    try:
+    with foreign(
+        DataError,
+        "the task's function must not fail",
+        where=lambda error: _place(error, path) or f"{path}:{function.__name__}",
+        way_out="call it in Python to see the whole error",
+    ):
         task = function()
-    except FlyweightError:
-        raise
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise DataError(
-            "the task's function must not fail",
-            got=first_line(error),
-            where=_place(error, path) or f"{path}:{function.__name__}",
-            way_out="call it in Python to see the whole error",
-        ) from error
     if not isinstance(task, Task):
         raise UsageError(
             "the task's function must return a flyweight.Task",
@@ -76,17 +72,13 @@ def _module(path: Path) -> ModuleType:
         raise UsageError("a task is a Python file", got=str(path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    try:
+    with foreign(
+        DataError,
+        "the task file must import without an error",
+        where=lambda error: _place(error, path) or str(path),
+        way_out=f"python {path} shows the whole error",
+    ):
         spec.loader.exec_module(module)
-    except FlyweightError:
-        raise
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise DataError(
-            "the task file must import without an error",
-            got=first_line(error),
-            where=_place(error, path) or str(path),
-            way_out=f"python {path} shows the whole error",
-        ) from error
     return module
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flyweight.analysis.sites import analyse
-from flyweight.errors import ModelError
+from flyweight.errors import ModelError, foreign
 from flyweight.records import Batch
 from flyweight.runtimes import _structure
 from flyweight.runtimes._files import GRAPH, WEIGHTS, Predictor, kept_weights, match, write_weights
@@ -38,10 +38,8 @@ class Graph:
 
     def predictor(self, runtime: str, load: Load, session: dict[str, str] | None = None) -> Predictor:
         """A Predictor around a runtime's function `load`; raises ModelError when it does not take the graph."""
-        try:
+        with foreign(ModelError, f"{runtime} must be able to load the graph", quoted=_reason):
             run = load(self.folder, session or {})
-        except Exception as error:  # a runtime refuses a graph with errors of its own
-            raise ModelError(f"{runtime} must be able to load the graph", got=_reason(error)) from error
 
         names, shapes = [name for name, _, _ in self.inputs], [shape for _, _, shape in self.inputs]
 
@@ -111,7 +109,7 @@ def _check_dtypes(model: nn.Module, batch: Batch) -> None:
             )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The line of a runtime's message that says what it lacks."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if not line.startswith(("Exception from", "Check '", "FrontEnd API"))]

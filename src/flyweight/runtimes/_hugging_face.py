@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flyweight import discover
-from flyweight.errors import ArtifactError, ModelError, UsageError, first_line
+from flyweight.errors import ArtifactError, ModelError, UsageError, foreign
 from flyweight.records import JSON
 from flyweight.runtimes import _compressed_tensors as form
 from flyweight.runtimes._files import BESIDE, CONFIG, MODEL
@@ -105,17 +105,14 @@ def read(folder: Path, opened_by: str) -> nn.Module:
     """
     import transformers
 
-    with quiet():
-        try:
-            model, said = getattr(transformers, opened_by).from_pretrained(
-                folder,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-            )
-        except Exception as error:  # transformers refuses a folder with errors of many kinds
-            raise ModelError("transformers must be able to read the folder", got=first_line(error)) from error
+    with quiet(), foreign(ModelError, "transformers must be able to read the folder"):
+        model, said = getattr(transformers, opened_by).from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     wrong = [f"{key} {name.removesuffix('_keys')}" for name, keys in said.items() for key in keys if keys]
     if wrong:
         raise ModelError("transformers must find every weight of the folder", got=", ".join(wrong[:3]))
@@ -271,12 +268,8 @@ def _origin(inner: nn.Module) -> Any:
     folder = Path(str(getattr(inner, "name_or_path", "")) or "\0")
     if "\0" in str(folder) or not (folder / "tokenizer_config.json").is_file():
         return None
-    try:
+    with foreign(ModelError, "transformers must be able to read the tokenizer", where=str(folder)):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers answers a foreign folder with errors of many kinds
-        raise ModelError(
-            "transformers must be able to read the tokenizer", got=first_line(error), where=str(folder)
-        ) from error
 
 
 def _without_code(value: Any) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from flyweight.inputs.check import call
 from flyweight.records import Batch, Step
 from flyweight.runtimes import ROUNDING, methods
 from flyweight.runtimes._files import WEIGHTS, Predictor, kept_weights, write_weights
@@ -39,10 +40,8 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
 def caller(model: nn.Module) -> Any:
     """A function from a batch to the model's output, without gradients."""
 
-    def call(batch: Batch) -> Any:
+    def predict(batch: Batch) -> Any:
         with torch.inference_mode():
-            if isinstance(batch, torch.Tensor):
-                return model(batch)
-            return model(**batch) if isinstance(batch, dict) else model(*batch)
+            return call(model, batch)
 
-    return call
+    return predict

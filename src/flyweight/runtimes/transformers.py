@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from flyweight.errors import DataError, ModelError, first_line
+from flyweight.errors import DataError, ModelError, foreign
 from flyweight.inputs.check import run
 from flyweight.records import Batch, Step
 from flyweight.runtimes import ROUNDING, _hugging_face, _structure, lacking, methods
@@ -159,13 +159,11 @@ def _outputs(
     """Which outputs of the inner model a model's own output consists of, and that output; ModelError for others."""
     template = run(model, batch)
     given = dict(zip(arguments, tensors(batch), strict=True))
-    try:
-        with torch.inference_mode():
-            record = inner(**given, **_settings(inner))
-    except Exception as error:  # the model's class refuses inputs in its own words
-        raise ModelError(
-            "the model of transformers must take the batch's tensors", got=first_line(error)
-        ) from error
+    with (
+        torch.inference_mode(),
+        foreign(ModelError, "the model of transformers must take the batch's tensors"),
+    ):
+        record = inner(**given, **_settings(inner))
     known = {name: value for name, value in record.items() if isinstance(value, torch.Tensor)}
     found = [
         next((name for name, value in known.items() if _same(leaf, value)), None)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from flyweight._faults import point
 from flyweight.artifact._files import PIECE, disk_errors
 from flyweight.artifact._weights import Extent
-from flyweight.artifact.atomic import synced_file
+from flyweight.artifact.atomic import sync, synced_file
 from flyweight.artifact.manifest import DTYPES
 from flyweight.errors import ArtifactError, UsageError
 from flyweight.records import JSON
@@ -87,19 +87,16 @@ def write_shard(path: Path, entries: Sequence[Entry]) -> Written:
 def write(path: Path, parts: Iterable[bytes]) -> Written:
     """Write a file of the bytes that come; raises as `write_shard` does."""
     part, digest, size = path.with_name(f".{path.name}.part"), hashlib.sha256(), 0
-    with disk_errors(path):
-        try:
-            with synced_file(part) as append:
-                for piece in parts:
-                    append(piece)
-                    digest.update(piece)
-                    size += len(piece)
-            point("stream:written")
-            part.rename(path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
+    with disk_errors(path), ExitStack() as undo:
+        undo.callback(part.unlink, missing_ok=True)
+        with synced_file(part) as append:
+            for piece in parts:
+                append(piece)
+                digest.update(piece)
+                size += len(piece)
+        point("stream:written")
+        part.rename(path)
+        sync(path.parent)
     point("stream:renamed")
     return Written(path.name, size, digest.hexdigest())
 
@@ -162,11 +159,3 @@ def _header(entries: Sequence[Entry]) -> bytes:
     text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNED)
     return len(text).to_bytes(8, "little") + text
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
