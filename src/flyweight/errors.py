@@ -44,20 +44,20 @@ def foreign(
     rule: str,
     *,
     where: str | Callable[[BaseException], str] = "",
-    way_out: str = "",
+    way_out: str | Callable[[BaseException], str] = "",
     quoted: Callable[[BaseException], str] = first_line,
 ) -> Iterator[None]:
     """Run code that is not ours, a task's, a model's or a library's; whatever it raises becomes an error of ours.
 
-    where: the place, or what finds it in the error; quoted: what to tell of the error. Errors of ours pass as they are.
+    where, way_out: texts, or what makes them of the error; quoted: what to tell of it. Errors of ours pass as they are.
     """
     try:
         yield
     except FlyweightError:
         raise
     except (Exception, SystemExit) as error:  # the border to others' code, which may raise anything
-        place = where if isinstance(where, str) else where(error)
-        raise answer(rule, got=quoted(error), where=place, way_out=way_out) from error
+        place, out = (part if isinstance(part, str) else part(error) for part in (where, way_out))
+        raise answer(rule, got=quoted(error), where=place, way_out=out) from error
 
 
 class UsageError(FlyweightError):

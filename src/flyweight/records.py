@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import torch
 
@@ -23,6 +23,23 @@ JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON
 Objective: TypeAlias = Literal["latency", "size", "memory"]
 OBJECTIVES: tuple[Objective, ...] = ("latency", "size", "memory")
 PLAN_VERSION = 1
+
+
+class Record:
+    """A dataclass that goes to JSON, field by field."""
+
+    def to_json(self) -> dict[str, JSON]:
+        """Plain JSON values by the fields' names; records among them as they go to JSON themselves."""
+        return {item.name: plain(getattr(self, item.name)) for item in dataclasses.fields(cast(Any, self))}
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it: records, mappings and tuples become dicts and lists."""
+    if hasattr(value, "to_json"):
+        return value.to_json()
+    if isinstance(value, Mapping):
+        return {name: plain(part) for name, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +62,7 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Goal:
+class Goal(Record):
     """What the user can afford and what should get smaller. Raises UsageError when out of range."""
 
     max_drop: float = 0.01
@@ -73,10 +90,6 @@ class Goal:
             "a runtime's name or auto",
             self.runtime,
         )
-
-    def to_json(self) -> dict[str, JSON]:
-        """The goal as plain JSON values."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
@@ -120,16 +133,12 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Record):
     """One decision: a method at a site, with its options as plain JSON values."""
 
     method: str
     site: str
     options: Mapping[str, JSON] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, JSON]:
-        """The step as plain JSON values."""
-        return {"method": self.method, "site": self.site, "options": dict(self.options)}
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,7 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Measured(Record):
     """A candidate as measured: the original, the best and every point of the front have this shape."""
 
     name: str
@@ -192,14 +201,6 @@ class Measured:
     verdict: Literal["met", "broken", "unresolved"]
     """Whether the drop is within the goal; unresolved: the samples cannot tell."""
 
-    def to_json(self) -> dict[str, JSON]:
-        """The measurement as plain JSON values."""
-        flat: dict[str, JSON] = {}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            flat[item.name] = value.to_json() if hasattr(value, "to_json") else value
-        return flat
-
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Measured:
         """The measurement of `to_json`'s values."""
@@ -210,7 +211,7 @@ class Measured:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trial:
+class Trial(Record):
     """One candidate's history: what was tried and how it ended."""
 
     number: int
@@ -223,17 +224,6 @@ class Trial:
     measured: Measured | None
     seconds: float
 
-    def to_json(self) -> dict[str, JSON]:
-        """The trial as plain JSON values."""
-        return {
-            **{
-                name: getattr(self, name)
-                for name in ("number", "name", "runtime", "state", "reason", "seconds")
-            },
-            "plan": self.plan.to_json(),
-            "measured": None if self.measured is None else self.measured.to_json(),
-        }
-
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Trial:
         """The trial of `to_json`'s values."""
@@ -242,7 +232,7 @@ class Trial:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerChoice:
+class LayerChoice(Record):
     """What was decided at one site of the best candidate, and why."""
 
     site: str
@@ -255,13 +245,9 @@ class LayerChoice:
     damage: float | None
     """Predicted: relative squared change of the model's output when only this layer is changed."""
 
-    def to_json(self) -> dict[str, JSON]:
-        """The choice as plain JSON values."""
-        return dataclasses.asdict(self)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class Result(Record):
     """The answer of a run: the verdict, the proof and the way there."""
 
     task: str
@@ -292,19 +278,6 @@ class Result:
     seed: int
     further: Mapping[str, float] = field(default_factory=dict)
     """Figures about the best that are reported and not judged, by name; of a language model, how close it stays."""
-
-    def to_json(self) -> dict[str, JSON]:
-        """The result as plain JSON values: what result.json holds."""
-        flat: dict[str, JSON] = {}
-        for item in dataclasses.fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, tuple):
-                flat[item.name] = [part.to_json() if hasattr(part, "to_json") else part for part in value]
-            elif isinstance(value, Mapping):
-                flat[item.name] = dict(value)
-            else:
-                flat[item.name] = value.to_json() if hasattr(value, "to_json") else value
-        return flat
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Result:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from flyweight.analysis import _patches, gram
-from flyweight.analysis.gram import both, crosses, grams
+from flyweight.analysis.gram import both, grams
 from flyweight.errors import DataError, ModelError, UsageError
 
 pytestmark = [
@@ -199,22 +199,12 @@ def test_the_models_fused_paths_are_seen_through() -> None:
 
 
 @pytest.mark.parametrize("room", [1, 1000, 32 << 20])
-@pytest.mark.parametrize("rows", [1, 7, 50, 10**6])
-def test_only_so_many_rows_are_taken(room: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_row_is_taken_once(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_patches, "_ROOM", room)
     taken, mean = [], gram._mean
     monkeypatch.setattr(gram, "_mean", lambda path, found: (taken.append(found.rows), mean(path, found))[1])
-    grams(nn.Sequential(nn.Conv2d(2, 3, 3)), ["0"], examples(2, 2, 9, 8, count=4), rows=rows)
-    positions = 2 * 7 * 6
-    assert taken == [4 * -(-positions // max(1, -(-positions // rows)))]
-    assert taken[0] <= 4 * rows
-
-
-def test_thinned_rows_are_every_so_many() -> None:
-    given = examples(10, 4, count=2)
-    found = grams(nn.Sequential(nn.Linear(4, 2)), ["0"], given, rows=4)["0"]
-    rows = torch.cat([one[::3] for one in given])
-    assert torch.allclose(found, rows.T @ rows / len(rows), rtol=1e-5)
+    grams(nn.Sequential(nn.Conv2d(2, 3, 3)), ["0"], examples(2, 2, 9, 8, count=4))
+    assert taken == [4 * 2 * 7 * 6]
 
 
 def test_embeddings_and_what_no_example_reaches_have_none() -> None:
@@ -249,8 +239,6 @@ def test_what_cannot_be_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(DataError, match="there must be examples"):
         grams(model, ["0"], [])
-    with pytest.raises(UsageError, match="rows must be at least 1, or None, got 0"):
-        grams(model, ["0"], examples(3, 4), rows=0)
     with pytest.raises(ModelError, match=r"weight of its own, got ReLU \(at layer 1\)"):
         grams(model, ["1"], examples(3, 4))
     with pytest.raises(UsageError, match="a site must be a layer of the model, got 'nowhere'"):
@@ -277,7 +265,7 @@ def changed_pair() -> tuple[nn.Module, nn.Module]:
 
 def test_the_cross_matrix_is_that_of_both_models_inputs() -> None:
     (original, model), given = changed_pair(), examples(5, 4)
-    found = crosses(original, model, ["a", "b", "c"], given)
+    _, found = both(original, model, ["a", "b", "c"], given)
     rows = [torch.cat([m.a(one).relu() for one in given]).detach() for m in (original, model)]
     assert torch.allclose(found["b"], rows[0].T @ rows[1] / len(rows[0]), rtol=1e-5, atol=1e-6)
     assert found["a"] is found["c"]
@@ -289,11 +277,8 @@ def test_the_cross_matrix_is_that_of_both_models_inputs() -> None:
 )
 def test_with_itself_the_cross_matrix_is_the_gram_matrix(layer: nn.Module, shape: tuple[int, ...]) -> None:
     model, given = nn.Sequential(layer), examples(*shape)
-    found, expected = (
-        crosses(model, model, ["0"], given, rows=20)["0"],
-        grams(model, ["0"], given, rows=20)["0"],
-    )
-    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5)
+    own, found = both(model, model, ["0"], given)
+    assert torch.allclose(found["0"], own["0"], rtol=1e-4, atol=1e-5)
 
 
 def test_models_that_call_a_site_otherwise_are_refused() -> None:
@@ -304,7 +289,7 @@ def test_models_that_call_a_site_otherwise_are_refused() -> None:
         with pytest.raises(
             ModelError, match=r"call a site alike, got other inputs in examples\[0\] \(at layer a\)"
         ):
-            crosses(original, model, ["a"], examples(3, 4))
+            both(original, model, ["a"], examples(3, 4))
 
 
 @pytest.mark.parametrize(
@@ -318,7 +303,7 @@ def test_both_at_once_are_what_each_is_by_itself(layer: nn.Module, shape: tuple[
     own, cross = both(original, model, ["a", "b"], given)
     for path in "ab":
         assert torch.equal(own[path], grams(model, [path], given)[path])
-        assert torch.equal(cross[path], crosses(original, model, [path], given)[path])
+        assert torch.equal(cross[path], both(original, model, [path], given)[1][path])
     assert not torch.allclose(own["a"], cross["a"], rtol=1e-2)
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flyweight.analysis._patches import input_rows, reading, row_count
+from flyweight.analysis._patches import input_rows, reading
 from flyweight.analysis.calls import Call, Watch, unfused
 from flyweight.errors import DataError, ModelError, UsageError
 from flyweight.inputs.check import run_example
@@ -32,17 +32,14 @@ class _Sum:
     rows: int = 0
 
 
-def grams(
-    model: nn.Module, sites: Collection[str], examples: Sequence[Batch], *, rows: int | None = None
-) -> Mapping[str, torch.Tensor]:
+def grams(model: nn.Module, sites: Collection[str], examples: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
     """Mean x x^T over the inputs x (I,) of each site, (I, I) or (P, I, I) float32, by the site's path.
 
-    rows: inputs taken of each site in each example, evenly spread; None: all. Embeddings have no matrix, nor have sites
-    that no example reaches. Raises DataError without examples, or where an input is NaN or infinite or the model refuses
-    an example, ModelError for a site without a weight of its own, UsageError for an unknown site or rows below 1.
+    Embeddings have no matrix, nor have sites that no example reaches. Raises DataError without examples, or where an input
+    is NaN or infinite or the model refuses an example, ModelError for a site without a weight of its own, UsageError for
+    an unknown site.
     """
-    means, leaders = _means((model,), sites, examples, rows)
-    return _shared(_symmetric(means), leaders)
+    return _collected((model,), sites, examples)[0]
 
 
 def lazily(
@@ -57,81 +54,52 @@ def lazily(
     return lambda site: collected().get(site)
 
 
-def crosses(
-    original: nn.Module,
-    model: nn.Module,
-    sites: Collection[str],
-    examples: Sequence[Batch],
-    *,
-    rows: int | None = None,
-) -> Mapping[str, torch.Tensor]:
-    """Mean x_original x^T of each site, (I, I) or (P, I, I) float32: its inputs in two models of one structure, side by side.
-
-    The original's inputs of one example are held at a time. rows, errors and sites left out are those of `grams`; a site
-    that is called with inputs of another shape in the other model raises ModelError.
-    """
-    return _shared(*_means((original, model), sites, examples, rows))
-
-
 def both(
     original: nn.Module, model: nn.Module, sites: Collection[str], examples: Sequence[Batch]
 ) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
-    """The `grams` of a model and its `crosses` with the original, in one pass of each; raises as they do."""
-    own: dict[str, _Sum] = {}
-    means, leaders = _means((original, model), sites, examples, None, own)
-    squares = {path: _mean(path, own[path]) for path in means}
-    return _shared(_symmetric(squares), leaders), _shared(means, leaders)
+    """The `grams` of a model, and the mean x_original x^T of each site's inputs in two models of one structure.
+
+    The original's inputs of one example are held at a time. Raises as `grams` does, and ModelError for a site that is
+    called with inputs of another shape in the other model.
+    """
+    return _collected((original, model), sites, examples)
 
 
-def _symmetric(means: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {path: (mean + mean.mT) / 2 for path, mean in means.items()}
-
-
-def _shared(means: Mapping[str, torch.Tensor], leaders: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """Each site's matrix: that of its leader."""
-    return {path: means[leader] for path, leader in leaders.items()}
-
-
-def _means(
-    models: tuple[nn.Module, ...],
-    sites: Collection[str],
-    examples: Sequence[Batch],
-    rows: int | None,
-    own: dict[str, _Sum] | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Mean outer products of the first model's inputs with the last's, of the sites that lead; and each site's leader.
-
-    own: takes the sums of the last model's inputs with themselves.
+def _collected(
+    models: tuple[nn.Module, ...], sites: Collection[str], examples: Sequence[Batch]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Means of each site's inputs in the last model with themselves and, of two models, of the first's with the last's.
 
     Which sites share is read off the first example; where a later one disagrees, all begins anew with those sites apart.
     """
     if not len(examples):
         raise DataError("there must be examples to learn a layer's inputs from", got="none")
-    if rows is not None and rows < 1:
-        raise UsageError("rows must be at least 1, or None", got=repr(rows), where="rows")
     watched = [(model, site_weights(model, sites)) for model in models]
     reads = _joint(_watched(model, weights, examples, 0, _ignore) for model, weights in watched)
     apart: set[str] = set()
     while True:
         leaders = _leaders(reads, sites, apart)
-        if own is not None:
-            own.clear()
-        sums, differing = _streamed(watched, examples, leaders, rows, own)
+        squares, crosses, differing = _streamed(watched, examples, leaders)
         if not differing:
-            means = {path: _mean(path, found) for path, found in sums.items() if found.rows}
-            return means, {path: leader for path, leader in leaders.items() if leader in means}
+            break
         apart |= differing
+    own = {path: (mean + mean.mT) / 2 for path, mean in _means(squares).items()}
+    return _shared(own, leaders), _shared(_means(crosses), leaders)
+
+
+def _shared(means: Mapping[str, torch.Tensor], leaders: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """Each site's matrix: that of its leader."""
+    return {path: means[leader] for path, leader in leaders.items() if leader in means}
 
 
 def _streamed(
     watched: Sequence[tuple[nn.Module, Mapping[int, str]]],
     examples: Sequence[Batch],
     leaders: Mapping[str, str],
-    rows: int | None,
-    own: dict[str, _Sum] | None,
-) -> tuple[dict[str, _Sum], set[str]]:
-    """Sums of the sites that lead; and the sites that turned out to read other tensors than their leader."""
-    sums: dict[str, _Sum] = {}
+) -> tuple[dict[str, _Sum], dict[str, _Sum], set[str]]:
+    """Sums of the sites that lead, in the last model and of both; and the sites that read other tensors than their leader."""
+    squares: dict[str, _Sum] = {}
+    crosses: dict[str, _Sum] = {}
     waiting: dict[str, list[Call]] = {}
     odd: set[str] = set()
 
@@ -140,14 +108,15 @@ def _streamed(
             waiting.setdefault(path, []).append(_kept(call))
 
     def add(path: str, call: Call) -> None:
-        if leaders[path] == path:
-            partner = call if len(watched) == 1 else _partner(call, waiting.get(path, []))
+        if leaders[path] != path:
+            return
+        _add(squares, path, call, call)
+        if len(watched) > 1:
+            partner = _partner(call, waiting.get(path, []))
             if partner is None:
                 odd.add(path)
             else:
-                _add(sums, path, partner, call, rows)
-                if own is not None:
-                    _add(own, path, call, call, rows)
+                _add(crosses, path, partner, call)
 
     for index in range(len(examples)):
         waiting.clear()
@@ -162,8 +131,8 @@ def _streamed(
             raise ModelError(rule, got=f"other inputs in examples[{index}]", where=f"layer {min(odd)}")
         differing = {path for path, leader in leaders.items() if reads.get(path) != reads.get(leader)}
         if differing:
-            return sums, differing
-    return sums, set()
+            return squares, crosses, differing
+    return squares, crosses, set()
 
 
 def _watched(
@@ -226,13 +195,9 @@ def _ignore(path: str, call: Call) -> None:
     """Have no use for a call."""
 
 
-def _add(sums: dict[str, _Sum], path: str, left: Call, right: Call, rows: int | None) -> None:
-    """Add the outer products of two calls' rows, every so many of them."""
-    every = 1 if rows is None else max(1, -(-row_count(right) // rows))
-    start = 0
-    for first, second in zip(input_rows(left), input_rows(right), strict=True):
-        a, b = (one[:, -start % every :: every] for one in (first, second))
-        start += first.shape[1]
+def _add(sums: dict[str, _Sum], path: str, left: Call, right: Call) -> None:
+    """Add the outer products of two calls' rows."""
+    for a, b in zip(input_rows(left), input_rows(right), strict=True):
         if path not in sums:
             sums[path] = _Sum(a.new_zeros(len(a), a.shape[2], b.shape[2]))
         sums[path].rows += a.shape[1]
@@ -240,6 +205,10 @@ def _add(sums: dict[str, _Sum], path: str, left: Call, right: Call, rows: int | 
             sums[path].total[0].addmm_(a[0].T, b[0])
         else:
             sums[path].total.baddbmm_(a.mT, b)
+
+
+def _means(sums: Mapping[str, _Sum]) -> dict[str, torch.Tensor]:
+    return {path: _mean(path, found) for path, found in sums.items() if found.rows}
 
 
 def _mean(path: str, found: _Sum) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from flyweight.artifact._strict import damaged, parse, shown
 from flyweight.errors import ArtifactError, UsageError
-from flyweight.records import JSON, Plan, canonical
+from flyweight.records import JSON, Plan, canonical, plain
 from flyweight.runtimes._files import BESIDE, CONFIG, MODEL
 
 FORMAT = 4
@@ -126,13 +126,12 @@ def encode(manifest: Manifest, files: Sequence[StoredFile], tensors: Sequence[St
     document = {
         **{name: getattr(manifest, name) for name in _FIELDS},
         "flyweight_artifact": _format(one.name for one in files),
-        "plan": manifest.plan.to_json(),
         "inputs": [vars(one) for one in manifest.inputs],
         "files": {one.name: _unnamed(one) for one in files},
         "tensors": {one.name: _unnamed(one) for one in tensors},
     }
     try:
-        plain = {key: canonical(_plain(value)) for key, value in sorted(document.items())}
+        plain = {key: canonical(plain(value)) for key, value in sorted(document.items())}
     except (TypeError, ValueError) as error:
         raise damaged("a manifest holds plain, finite JSON values", got=str(error), where=MANIFEST) from error
     raw = sign(b"{\n" + b"".join(b'"%s": %s,\n' % (key.encode(), value) for key, value in plain.items()))
@@ -301,13 +300,6 @@ def _check_sha256(value: Any, place: str) -> None:
 
 def _unnamed(stored: StoredFile | StoredTensor) -> dict[str, Any]:
     return {key: value for key, value in vars(stored).items() if key != "name" and value is not None}
-
-
-def _plain(value: Any) -> Any:
-    # A Mapping or a tuple is fine in a record; JSON knows dicts and lists.
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _need(holds: object, rule: str, got: object) -> None:

@@ -19,7 +19,7 @@ from flyweight.errors import DataError, FlyweightError, ModelError, foreign
 from flyweight.evaluation import memory, timing
 from flyweight.evaluation.quality import Drop, Scores, compare, judge
 from flyweight.inputs.check import run
-from flyweight.records import JSON, Batch, Goal, Interval, Measured, Plan, Predict, Site, Task, Trial
+from flyweight.records import Batch, Goal, Interval, Measured, Plan, Predict, Record, Site, Task, Trial
 from flyweight.runtimes import _structure
 from flyweight.runtimes._files import Predictor
 from flyweight.runtimes.torch import caller
@@ -33,7 +33,7 @@ SAME = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Survey:
+class Survey(Record):
     """What is cheap to know of a candidate: how fast and how large it is."""
 
     speedup: float
@@ -45,10 +45,6 @@ class Survey:
     """Peak memory; only where the goal is memory."""
     failure: str = ""
     """Why it cannot run; the figures mean nothing then."""
-
-    def to_json(self) -> dict[str, JSON]:
-        """The survey as plain JSON values."""
-        return dict(vars(self))
 
 
 @dataclass

@@ -69,7 +69,7 @@ def check_model(model: Any) -> list[str]:
         raise ModelError(
             "all parameters must be on one device", got=got, way_out="move the model to one device"
         )
-    notes = []
+    notes = _apart(model)
     for name, tensor in tensors:
         notes += _finite(name, tensor, mask=not isinstance(tensor, nn.Parameter))
     return notes
@@ -104,6 +104,20 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+def _apart(model: nn.Module) -> list[str]:
+    """Notes on parameters that lie in one storage without being one: a copy of the model holds each by itself."""
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.numel():
+            places.setdefault(parameter.untyped_storage().data_ptr(), []).append(name)
+    way_out = "to tie them, give the modules one nn.Parameter"
+    return [
+        f"{_first(names)} share memory, but are parameters of their own and come apart; {way_out}"
+        for names in places.values()
+        if len(names) > 1
+    ]
+
+
 def _finite(name: str, tensor: torch.Tensor, mask: bool) -> list[str]:
     """Notes on one tensor; a buffer may be a mask, and masks hold infinities by design."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
@@ -131,7 +145,7 @@ def run_example(model: nn.Module, examples: Sequence[Batch], index: int) -> Any:
         DataError,
         "the model must accept every example",
         where=f"examples[{index}], {shape(batch)}",
-        way_out=_cast(model, batch) or usual,
+        way_out=lambda error: _cast(model, batch) or usual,
     ):
         return run(model, batch)
 

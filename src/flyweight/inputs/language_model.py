@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -87,7 +88,7 @@ def language_task(
     _check_count("judging", judging, LEAST_JUDGING)
     _check_installed()
     _check_folder(folder, window)
-    with _quiet():
+    with quiet():
         learned, judged = _windows(folder, text, window, (calibrating, judging))
         model = _model(folder)
     _check_model(model, torch.cat((learned, judged)), folder)
@@ -113,10 +114,8 @@ def calibrating_windows(
     _check_installed()
     _check_folder(folder, window)
     first, _ = parts(read_text(text))
-    with _quiet():
-        return _part(
-            _tokenizer(folder), first, (calibrating, window), (LEAST_CALIBRATING, "first 60 %", text)
-        )
+    with quiet():
+        return _part(tokenizer(folder), first, (calibrating, window), (LEAST_CALIBRATING, "first 60 %", text))
 
 
 def hollow_model(folder: Path) -> Logits:
@@ -127,7 +126,7 @@ def hollow_model(folder: Path) -> Logits:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     make: Any = AutoModelForCausalLM.from_config
-    with _reading("know the causal language model", folder, "model"), _quiet(), _parameters_on_meta():
+    with _reading("know the causal language model", folder, "model"), quiet(), _parameters_on_meta():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         model = make(config, dtype=torch.float32, trust_remote_code=False)
     model.config.use_cache = False
@@ -219,34 +218,35 @@ def _windows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Windows that calibrate and that judge, each begun as the tokenizer begins a text."""
     first, last = parts(read_text(text))
-    tokenizer = _tokenizer(folder)
-    learned = _part(tokenizer, first, (counts[0], size), (LEAST_CALIBRATING, "first 60 %", text))
-    return learned, _part(tokenizer, last, (counts[1], size), (LEAST_JUDGING, "last 38 %", text))
+    spoken = tokenizer(folder)
+    learned = _part(spoken, first, (counts[0], size), (LEAST_CALIBRATING, "first 60 %", text))
+    return learned, _part(spoken, last, (counts[1], size), (LEAST_JUDGING, "last 38 %", text))
 
 
-def _part(tokenizer: Any, part: str, wanted: tuple[int, int], least: tuple[int, str, Path]) -> torch.Tensor:
+def _part(spoken: Any, part: str, wanted: tuple[int, int], least: tuple[int, str, Path]) -> torch.Tensor:
     """At most (so many windows of so many tokens) of a part of a text; least: how many it must give, its name, its file."""
     count, size = wanted
 
     def encode(part: str) -> list[int]:
-        ids: list[int] = tokenizer(part, add_special_tokens=False)["input_ids"]
+        ids: list[int] = spoken(part, add_special_tokens=False)["input_ids"]
         return ids
 
-    marks = torch.tensor(_front(tokenizer), dtype=torch.int64)
+    marks = torch.tensor(_front(spoken), dtype=torch.int64)
     found = windows(part, encode, count, size - len(marks))
     require(found, least[0], part, encode, *least[1:])
     return torch.cat((marks.expand(len(found), -1), found), dim=1)
 
 
-def _front(tokenizer: Any) -> list[int]:
+def _front(spoken: Any) -> list[int]:
     """The marks that the tokenizer puts in front of a text; some models need their beginning mark to work at all."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full: list[int] = tokenizer("a")["input_ids"]
+    bare = spoken("a", add_special_tokens=False)["input_ids"]
+    full: list[int] = spoken("a")["input_ids"]
     starts = [place for place in range(len(full)) if full[place : place + len(bare)] == bare]
     return full[: starts[0]] if starts else []
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer(folder: Path) -> Any:
+    """The tokenizer of a Hugging Face folder; raises ModelError when transformers cannot read it."""
     from transformers import AutoTokenizer
 
     with _reading("be able to read the tokenizer", folder, "tokenizer"):
@@ -331,15 +331,16 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bars and warnings of transformers off the terminal; what matters of them is checked here."""
+def quiet() -> Iterator[None]:
+    """Keep the bars and remarks of transformers off the terminal; what matters of them is checked."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

@@ -6,10 +6,8 @@ program, and is left out.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import importlib
-import io
 import json
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +20,7 @@ from torch import nn
 
 from flyweight import discover
 from flyweight.errors import ArtifactError, ModelError, UsageError, foreign
+from flyweight.inputs.language_model import quiet, tokenizer
 from flyweight.records import JSON
 from flyweight.runtimes import _compressed_tensors as form
 from flyweight.runtimes._files import BESIDE, CONFIG, MODEL
@@ -172,23 +171,6 @@ def state(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
     return {f"{place}.{key}" if place else key: tensor for key, tensor in found.items()}
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the bars and remarks of transformers and compressed-tensors off the terminal; what matters is checked."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _schemes(layers: Mapping[str, QuantizedLayer]) -> dict[str, form.Scheme]:
     for path, layer in layers.items():
         if layer.activations != "float":
@@ -263,13 +245,10 @@ def _tokenizer(model: nn.Module, inner: nn.Module) -> dict[str, dict[str, JSON]]
 
 def _origin(inner: nn.Module) -> Any:
     """The tokenizer of the folder that a model was read from, or None."""
-    from transformers import AutoTokenizer
-
     folder = Path(str(getattr(inner, "name_or_path", "")) or "\0")
     if "\0" in str(folder) or not (folder / "tokenizer_config.json").is_file():
         return None
-    with foreign(ModelError, "transformers must be able to read the tokenizer", where=str(folder)):
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return tokenizer(folder)
 
 
 def _without_code(value: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from flyweight.artifact._strict import shown
 from flyweight.errors import ArtifactError, UsageError
-from flyweight.records import JSON
+from flyweight.records import JSON, Record
 from flyweight.streaming import _shards, _writing
 from flyweight.streaming._writing import Written
 
@@ -23,7 +23,7 @@ _WAY_OUT = "delete the output folder, and begin anew"
 
 
 @dataclass(frozen=True)
-class Done:
+class Done(Record):
     """A block that is finished."""
 
     file: Written
@@ -34,18 +34,9 @@ class Done:
     keys: tuple[str, ...]
     """Its tensors in the source."""
 
-    def to_json(self) -> dict[str, JSON]:
-        """The block as plain JSON values."""
-        return {
-            "file": self.file.to_json(),
-            "layers": list(self.layers),
-            "left": dict(self.left),
-            "keys": list(self.keys),
-        }
-
 
 @dataclass(frozen=True)
-class Journal:
+class Journal(Record):
     """A run so far."""
 
     identity: Mapping[str, JSON]
@@ -68,16 +59,7 @@ class Journal:
 
     def write(self, folder: Path) -> None:
         """Put the journal into the folder, in place of the one before; raises MachineError when the disk refuses."""
-        value: dict[str, JSON] = {
-            "flyweight_stream": VERSION,
-            "identity": dict(self.identity),
-            "chain": list(self.chain),
-            "outside": list(self.outside),
-            "blocks": [block.to_json() for block in self.blocks],
-            "states": None if self.states is None else self.states.to_json(),
-            "rest": [file.to_json() for file in self.rest],
-        }
-        _writing.write_json(folder / NAME, value)
+        _writing.write_json(folder / NAME, {"flyweight_stream": VERSION, **self.to_json()})
 
 
 def begun(folder: Path, identity: Mapping[str, JSON]) -> Journal | None:

@@ -22,7 +22,7 @@ from flyweight.artifact._weights import Extent
 from flyweight.artifact.atomic import sync, synced_file
 from flyweight.artifact.manifest import DTYPES
 from flyweight.errors import ArtifactError, UsageError
-from flyweight.records import JSON
+from flyweight.records import JSON, Record
 
 _ALIGNED = 8
 """Bytes: where the tensors of a safetensors file begin."""
@@ -42,16 +42,12 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Written:
+class Written(Record):
     """A file as it was written."""
 
     name: str
     bytes: int
     sha256: str
-
-    def to_json(self) -> dict[str, JSON]:
-        """The file as plain JSON values."""
-        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256}
 
 
 def held(name: str, tensor: torch.Tensor) -> Entry:

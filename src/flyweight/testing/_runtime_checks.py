@@ -47,13 +47,9 @@ class Running:
     @property
     def saturates(self) -> bool:
         """Whether sums of integer products may leave their range: full-range weights on a processor without VNNI."""
-        layers = [
-            m for m in self.twin.modules() if isinstance(m, QuantizedLayer) and m.activations != "float"
-        ]
-        return any(m.options.high > 64 for m in layers if isinstance(m, QuantizedLayer)) and not {
-            "avx512_vnni",
-            "avx_vnni",
-        } & set(map(str, instructions()))
+        layers = [m for m in self.twin.modules() if isinstance(m, QuantizedLayer)]
+        wide = [m for m in layers if m.activations != "float" and int(m.encoded()[0].abs().max()) > 64]
+        return bool(wide) and not {"avx512_vnni", "avx_vnni"} & set(map(str, instructions()))
 
     @property
     def tolerance(self) -> float:

@@ -18,6 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from flyweight.analysis.calls import tensors_in
+
 _SAME = (
     "clone", "detach", "alias", "contiguous", "_to_copy", "lift_fresh", "relu", "relu_", "leaky_relu", "leaky_relu_",
     "neg", "abs",
@@ -122,7 +124,7 @@ class Follow(TorchDispatchMode):
             return parts
         result = func(*args, **kwargs)
         self.found.branches |= func is torch.ops.aten._local_scalar_dense.default
-        given = [t for t in _tensors((args, kwargs)) if self.of(t) is not None or t in self._matrices]
+        given = [t for t in tensors_in((args, kwargs)) if self.of(t) is not None or t in self._matrices]
         if given:
             self._after(func, args, kwargs, result, given)
         return result
@@ -230,7 +232,7 @@ class Follow(TorchDispatchMode):
     def _attention(self, func: Any, args: Any, kwargs: Any, result: Any) -> bool:
         """Attention mixes the values (B, H, L, D) of one channel over the places L; heads may share values."""
         query, key, value = args[:3]
-        for other in _tensors((query, key, args[3:], kwargs)):
+        for other in tensors_in((query, key, args[3:], kwargs)):
             self.found.freeze(self.of(other), "attention compares by its output")
         own, shape = self.of(value), result[0].shape
         if own is None:
@@ -332,14 +334,3 @@ def _alike(first: Channels, second: Channels) -> bool:
         return False
     one, two = torch.broadcast_tensors(first.numbers, second.numbers)
     return torch.equal(one, two)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors in lists, tuples and dicts."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
