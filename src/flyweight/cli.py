@@ -72,8 +72,10 @@ def _run(argv: Sequence[str] | None) -> int:
         given = _parser().parse_args(argv)
     except SystemExit as done:  # --help was printed
         return int(done.code or 0)
-    code: int = given.run(given)
-    return code
+    said = given.run(given)
+    if said is not None:
+        print(_words.encodable(said, sys.stdout.encoding or "ascii"))
+    return 0
 
 
 def percent(text: str) -> float:
@@ -120,9 +122,7 @@ def read_plan(path: str) -> Plan:
     try:
         return Plan.from_json(value)
     except UsageError as error:
-        raise UsageError(
-            error.rule, got=error.got, where=f"{path}: {error.where}", way_out=error.way_out
-        ) from None
+        raise error.at(f"{path}: {error.where}") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -264,64 +264,35 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def _optimize(given: Any) -> int:
+def _optimize(given: Any) -> str | None:
     goal = _given_goal(given)
     recipe = read_plan(given.recipe) if given.recipe else None
     task = _given_task(given)
     if given.dry_run:
-        _say(stages.dry_run(task, goal, recipe))
-        return 0
+        return stages.dry_run(task, goal, recipe)
     result = optimize(
         task, goal, out=given.out, recipe=recipe, resume=given.resume, force=given.force, progress=True
     )
     terminal.show(result, given.out, sys.stdout)
-    return 0
+    return None
 
 
-def _apply(given: Any) -> int:
+def _apply(given: Any) -> str:
     goal, recipe = _given_goal(given), read_plan(given.recipe)
-    _say(stages.apply(_given_task(given), recipe, goal, Path(given.out), force=given.force))
-    return 0
+    return stages.apply(_given_task(given), recipe, goal, Path(given.out), force=given.force)
 
 
-def _evaluate(given: Any) -> int:
+def _evaluate(given: Any) -> str:
     if given.model is not None and not re.search(r"\.py(:|$)", given.task or ""):
         given.task, given.artifact = None, given.task  # beside --model the one path is the artifact's
     task = _given_task(given)
-    _say(stages.evaluate(task, Path(given.artifact) if given.artifact else None, _seed(given.seed)))
-    return 0
+    return stages.evaluate(task, Path(given.artifact) if given.artifact else None, _seed(given.seed))
 
 
-def _profile(given: Any) -> int:
-    _say(stages.profile(_given_task(given), _given_goal(given)))
-    return 0
-
-
-def _stream(given: Any) -> int:
-    _say(streaming.run(given))
-    return 0
-
-
-def _export(given: Any) -> int:
-    _say(stages.export(Path(given.folder), Path(given.out)))
-    return 0
-
-
-def _verify(given: Any) -> int:
-    _say(stages.verify(Path(given.folder)))
-    return 0
-
-
-def _report(given: Any) -> int:
+def _report(given: Any) -> None:
     result = read_result(Path(given.folder))
     stages.write_report(result, Path(given.folder))
     terminal.show(result, given.folder, sys.stdout)
-    return 0
-
-
-def _doctor(given: Any) -> int:
-    _say(stages.doctor())
-    return 0
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -332,11 +303,6 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 class _Terminated(KeyboardInterrupt):
     """No Exception: code that handles every error of a task's own would take it for one of those."""
-
-
-def _say(text: str) -> None:
-    """Print to stdout whatever its encoding."""
-    print(_words.encodable(text, sys.stdout.encoding or "ascii"))
 
 
 def _end(sentence: str, code: int) -> int:
@@ -354,23 +320,35 @@ def _log() -> str:
 
 
 _Arguments = Callable[[_Parser], None]
-_COMMANDS: dict[str, tuple[str, _Arguments, Callable[[Any], int]]] = {
+_COMMANDS: dict[str, tuple[str, _Arguments, Callable[[Any], str | None]]] = {
     "optimize": ("find the best form of a task's model within the bound", _optimize_arguments, _optimize),
-    "profile": ("show the layers of a task's model: bytes, arithmetic, time", _profile_arguments, _profile),
+    "profile": (
+        "show the layers of a task's model: bytes, arithmetic, time",
+        _profile_arguments,
+        lambda given: stages.profile(_given_task(given), _given_goal(given)),
+    ),
     "apply": ("apply a recipe to a task's model and write the artifact", _apply_arguments, _apply),
     "evaluate": ("score and time a task's model, or an artifact of it", _evaluate_arguments, _evaluate),
     "stream": (
         "put a language model larger than memory into few bits, shard by shard",
         streaming.arguments,
-        _stream,
+        streaming.run,
     ),
-    "export": ("write the plain files of an artifact for other tools", _export_arguments, _export),
-    "verify": ("check an artifact to its last byte", _folder_argument, _verify),
+    "export": (
+        "write the plain files of an artifact for other tools",
+        _export_arguments,
+        lambda given: stages.export(Path(given.folder), Path(given.out)),
+    ),
+    "verify": (
+        "check an artifact to its last byte",
+        _folder_argument,
+        lambda given: stages.verify(Path(given.folder)),
+    ),
     "report": ("write the report of a finished run again", _folder_argument, _report),
     "doctor": (
         "say what this machine has and which number formats are fast on it",
         lambda command: None,
-        _doctor,
+        lambda given: stages.doctor(),
     ),
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 
 def first_line(error: BaseException) -> str:
@@ -36,6 +37,10 @@ class FlyweightError(Exception):
         if self.where:
             sentence += f" (at {self.where})"
         return f"{sentence}; {self.way_out}" if self.way_out else sentence
+
+    def at(self, where: str) -> Self:
+        """The same error, told of another place."""
+        return type(self)(self.rule, got=self.got, where=where, way_out=self.way_out)
 
 
 @contextmanager
@@ -82,6 +87,12 @@ class ArtifactError(FlyweightError):
     """An artifact, study or plan file that is damaged, foreign or unsafe."""
 
     exit_code = 5
+
+
+def another_model(got: str, where: str = "") -> ArtifactError:
+    """The refusal of an artifact whose plan or weights do not fit the model that they are loaded into."""
+    way_out = "give the model that the task's file builds"
+    return ArtifactError("the artifact must belong to the model", got=got, where=where, way_out=way_out)
 
 
 class MachineError(FlyweightError):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from runtimes.nets import Function
 from torch import nn
 
 from flyweight.analysis import fisher as module
@@ -20,19 +20,6 @@ from flyweight.testing.zoo import ZOO
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class Net(nn.Module):
-    """A forward given as a function of the module."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self._run = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self._run(self, *inputs)
-
-
 def seeded(*layers: nn.Module) -> None:
     """Weights that do not depend on what ran before."""
     random = torch.Generator().manual_seed(5)
@@ -41,10 +28,10 @@ def seeded(*layers: nn.Module) -> None:
             parameter.data = torch.randn(parameter.shape, generator=random) / parameter.shape[-1] ** 0.5
 
 
-def classifier(inplace: bool = False) -> Net:
+def classifier(inplace: bool = False) -> Function:
     layers = {"a": nn.Linear(6, 8), "b": nn.Linear(8, 5)}
     seeded(*layers.values())
-    return Net(lambda self, x: {"logits": self.b(F.relu(self.a(x), inplace=inplace))}, **layers).eval()
+    return Function(lambda self, x: {"logits": self.b(F.relu(self.a(x), inplace=inplace))}, **layers).eval()
 
 
 def examples(*shape: int, count: int = 4) -> list[torch.Tensor]:
@@ -52,7 +39,7 @@ def examples(*shape: int, count: int = 4) -> list[torch.Tensor]:
     return [torch.randn(*shape, generator=random) for _ in range(count)]
 
 
-def expected(model: Net, given: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+def expected(model: Function, given: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The expectation over labels, by the slope of each label's log-likelihood, a row at a time."""
     sums = {"a": torch.zeros(8).double(), "b": torch.zeros(5).double()}
     rows = torch.cat(given).double()
@@ -82,7 +69,7 @@ def test_it_is_the_expectation_over_labels() -> None:
 def test_other_outputs_are_means_of_normal_numbers() -> None:
     layers = {"a": nn.Linear(6, 8), "b": nn.Linear(8, 5)}
     seeded(*layers.values())
-    model = Net(lambda self, x: self.b(self.a(x)), **layers)
+    model = Function(lambda self, x: self.b(self.a(x)), **layers)
     found = fisher(model, ["a", "b"], examples(500, 6, count=8), seed=0)
     assert torch.allclose(found["a"], layers["b"].weight.detach().square().sum(0), rtol=0.15)
     assert torch.allclose(found["b"], torch.ones(5), rtol=0.15)
@@ -92,10 +79,10 @@ def test_logits_over_the_vocabulary_are_known_by_their_length() -> None:
     table, head = nn.Embedding(40, 8), nn.Linear(8, 40)
     seeded(table, head)
     given = [torch.randint(40, (8, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(8)]
-    plain = fisher(Net(lambda self, x: self.b(self.a(x)), a=table, b=head), ["b"], given, seed=0)["b"]
-    named = fisher(Net(lambda self, x: {"logits": self.b(self.a(x))}, a=table, b=head), ["b"], given, seed=0)[
-        "b"
-    ]
+    plain = fisher(Function(lambda self, x: self.b(self.a(x)), a=table, b=head), ["b"], given, seed=0)["b"]
+    named = fisher(
+        Function(lambda self, x: {"logits": self.b(self.a(x))}, a=table, b=head), ["b"], given, seed=0
+    )["b"]
     assert torch.equal(plain, named)
     assert float(plain.mean()) < 0.1  # p (1 - p) of 40 labels; of normal numbers it were 1
 
@@ -124,7 +111,7 @@ def test_it_foretells_the_divergence_of_changed_rows() -> None:
 def test_it_foretells_the_divergence_of_changed_places_of_a_convolution(groups: int) -> None:
     conv, head = nn.Conv2d(2, 4, 3, padding=1, groups=groups), nn.Linear(4, 5)
     seeded(conv, head)
-    model = Net(lambda self, x: {"logits": self.b(F.silu(self.a(x)).mean((2, 3)))}, a=conv, b=head)
+    model = Function(lambda self, x: {"logits": self.b(F.silu(self.a(x)).mean((2, 3)))}, a=conv, b=head)
     given = examples(1000, 2, 4, 4)
     found = fisher(model, ["a", "b"], given, seed=1)
     size, random = 0.1, torch.Generator().manual_seed(2)
@@ -161,7 +148,7 @@ def test_the_model_and_the_state_of_pytorch_are_as_before() -> None:
 
 
 def test_the_model_comes_back_when_it_fails() -> None:
-    model = Net(lambda self, x: self.a(x).numpy(), a=nn.Linear(3, 2)).train()
+    model = Function(lambda self, x: self.a(x).numpy(), a=nn.Linear(3, 2)).train()
     with pytest.raises(DataError, match=r"the model must accept every example, with gradients"):
         fisher(model, ["a"], examples(2, 3), seed=0)
     assert model.training
@@ -171,7 +158,7 @@ def test_the_model_comes_back_when_it_fails() -> None:
 def test_dropout_is_off() -> None:
     layers = {"a": nn.Linear(6, 8), "drop": nn.Dropout(0.5)}
     seeded(layers["a"])
-    model = Net(lambda self, x: self.drop(self.a(x)), **layers).train()
+    model = Function(lambda self, x: self.drop(self.a(x)), **layers).train()
     assert torch.allclose(fisher(model, ["a"], examples(2000, 6), seed=0)["a"], torch.ones(8), rtol=0.1)
 
 
@@ -192,7 +179,7 @@ class Answer:
 
 def test_logits_in_a_record_are_found() -> None:
     model, given = classifier(), examples(9, 6)
-    record = Net(lambda self, x: Answer(**self.inner(x)), inner=model)
+    record = Function(lambda self, x: Answer(**self.inner(x)), inner=model)
     assert torch.equal(
         fisher(record, ["inner.a"], given, seed=0)["inner.a"], fisher(model, ["a"], given, seed=0)["a"]
     )
@@ -205,7 +192,7 @@ def test_what_has_no_slopes_is_left_out() -> None:
         steps = self.b(x).round().long().clamp(0, 2)
         return self.a(x) + self.d(steps[:, 0]) + self.b(x).detach()
 
-    found = fisher(Net(run, **layers), list(layers), examples(5, 6), seed=0)
+    found = fisher(Function(run, **layers), list(layers), examples(5, 6), seed=0)
     assert set(found) == {"a"}
 
 
@@ -213,7 +200,7 @@ def test_a_layer_that_runs_twice_counts_both() -> None:
     layer = nn.Linear(4, 4)
     seeded(layer)
     once, twice = (
-        fisher(Net(run, a=layer), ["a"], examples(800, 4), seed=0)["a"].sum()
+        fisher(Function(run, a=layer), ["a"], examples(800, 4), seed=0)["a"].sum()
         for run in (lambda self, x: self.a(x), lambda self, x: torch.cat([self.a(x), self.a(2 * x)], 1))
     )
     assert float(twice) == pytest.approx(2 * float(once), rel=0.1)
@@ -227,7 +214,7 @@ def test_what_is_not_known_is_refused() -> None:
         fisher(model, ["z"], examples(2, 6), seed=0)
     with pytest.raises(ModelError, match="a site must have a weight of its own"):
         fisher(nn.Sequential(nn.ReLU()), ["0"], examples(2, 6), seed=0)
-    infinite = Net(lambda self, x: self.a(x) * float("inf"), a=nn.Linear(6, 4))
+    infinite = Function(lambda self, x: self.a(x) * float("inf"), a=nn.Linear(6, 4))
     with pytest.raises(DataError, match=r"slopes must be finite.* \(at layer a\)"):
         fisher(infinite, ["a"], examples(2, 6), seed=0)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from runtimes.nets import Function
 from torch import nn
 from torch.nn import functional
 
@@ -19,19 +19,6 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths"),
 ]
-
-
-class Module(nn.Module):
-    """A forward given as a function of the module."""
-
-    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
-        super().__init__()
-        self._run = forward
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-
-    def forward(self, *inputs: torch.Tensor) -> Any:
-        return self._run(self, *inputs)
 
 
 def examples(*shape: int, count: int = 3, seed: int = 0) -> list[torch.Tensor]:
@@ -105,7 +92,7 @@ def test_a_convolution_agrees_with_unfold() -> None:
 
 def test_a_transposed_linear_layer_counts_its_inputs() -> None:
     weight = nn.Linear(4, 3)
-    model = Module(lambda self, x: torch.addmm(self.a.bias[:4], x, self.a.weight), a=nn.Linear(4, 3))
+    model = Function(lambda self, x: torch.addmm(self.a.bias[:4], x, self.a.weight), a=nn.Linear(4, 3))
     model.a.bias = nn.Parameter(torch.zeros(4))
     given = examples(5, 3)
     rows = torch.cat(given)
@@ -118,7 +105,7 @@ def test_sites_that_read_one_tensor_share_one_matrix() -> None:
         return self.o(self.q(x) * self.k(x) + self.v(x)) + self.apart(x.clone())
 
     layers = {name: nn.Linear(4, 4) for name in ("q", "k", "v", "o", "apart")}
-    found = grams(Module(run, **layers), list(layers), examples(3, 4))
+    found = grams(Function(run, **layers), list(layers), examples(3, 4))
     assert found["q"] is found["k"]
     assert found["q"] is found["v"]
     assert found["q"] is not found["o"]
@@ -129,7 +116,7 @@ def test_sites_that_read_one_tensor_share_one_matrix() -> None:
 def test_what_is_shared_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     counted, add = [], gram._add
     monkeypatch.setattr(gram, "_add", lambda *args: (counted.append(args[1]), add(*args)))
-    model = Module(lambda self, x: self.a(x) + self.b(x), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    model = Function(lambda self, x: self.a(x) + self.b(x), a=nn.Linear(4, 4), b=nn.Linear(4, 4))
     grams(model, ["a", "b"], examples(3, 4, count=5))
     assert counted == ["a"] * 5
 
@@ -141,7 +128,7 @@ def test_convolutions_share_only_when_they_read_alike() -> None:
         "c": nn.Conv2d(2, 3, 3, padding=1, dilation=1, stride=2),
         "d": nn.Conv2d(2, 3, 1),
     }
-    model = Module(lambda self, x: [self.a(x), self.b(x), self.c(x), self.d(x)], **layers)
+    model = Function(lambda self, x: [self.a(x), self.b(x), self.c(x), self.d(x)], **layers)
     found = grams(model, list(layers), examples(1, 2, 6, 6))
     assert found["a"] is found["b"]
     assert len({id(one) for one in found.values()}) == 3
@@ -153,7 +140,7 @@ def test_sites_that_part_ways_in_a_later_example_are_told_apart() -> None:
 
     layers = {name: nn.Linear(4, 2) for name in "abc"}
     given = [*examples(3, 4, count=2), *examples(5, 4, count=2)]
-    found = grams(Module(run, **layers), list(layers), given)
+    found = grams(Function(run, **layers), list(layers), given)
     assert found["a"] is found["c"]
     rows = torch.cat([one if len(one) == 3 else 2 * one for one in given])
     assert torch.allclose(found["b"], rows.T @ rows / len(rows), rtol=1e-5)
@@ -165,7 +152,7 @@ def test_a_tensor_changed_in_place_is_another() -> None:
         first = self.a(x)
         return first + self.b(x.mul_(3))
 
-    found = grams(Module(run, a=nn.Linear(4, 2), b=nn.Linear(4, 2)), ["a", "b"], examples(3, 4))
+    found = grams(Function(run, a=nn.Linear(4, 2), b=nn.Linear(4, 2)), ["a", "b"], examples(3, 4))
     assert torch.allclose(9 * found["a"], found["b"], rtol=1e-5)
 
 
@@ -173,7 +160,7 @@ def test_tensors_that_follow_each_other_in_memory_are_told_apart() -> None:
     def run(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.a(x + 0) + self.b(x * 2) + self.c(x * 3)  # each is gone before the next is made
 
-    found = grams(Module(run, **{name: nn.Linear(4, 2) for name in "abc"}), list("abc"), examples(3, 4))
+    found = grams(Function(run, **{name: nn.Linear(4, 2) for name in "abc"}), list("abc"), examples(3, 4))
     for name, factor in (("b", 4), ("c", 9)):
         assert torch.allclose(found[name], factor * found["a"], rtol=1e-5)
 
@@ -186,7 +173,7 @@ def test_numbers_are_not_taken_over_from_tensors_that_are_gone() -> None:
 
 
 def test_a_site_that_runs_twice_counts_both_times() -> None:
-    model, given = Module(lambda self, x: self.a(self.a(x)), a=nn.Linear(4, 4)), examples(3, 4)
+    model, given = Function(lambda self, x: self.a(self.a(x)), a=nn.Linear(4, 4)), examples(3, 4)
     rows = torch.cat([torch.cat([one, model.a(one)]) for one in given]).detach()
     assert torch.allclose(grams(model, ["a"], given)["a"], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
 
@@ -209,7 +196,7 @@ def test_every_row_is_taken_once(room: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_embeddings_and_what_no_example_reaches_have_none() -> None:
     layers = {"e": nn.Embedding(9, 4), "a": nn.Linear(4, 4), "idle": nn.Linear(4, 4)}
-    model = Module(lambda self, x: self.a(self.e(x)), **layers)
+    model = Function(lambda self, x: self.a(self.e(x)), **layers)
     assert set(grams(model, list(layers), [torch.arange(9)[None]])) == {"a"}
     assert grams(model, [], [torch.arange(9)[None]]) == {}
 
@@ -259,7 +246,7 @@ def changed_pair() -> tuple[nn.Module, nn.Module]:
 
     torch.manual_seed(0)
     shared, last = nn.Linear(4, 3), nn.Linear(4, 3)
-    first, second = (Module(run, a=nn.Linear(4, 4), b=shared, c=last) for _ in range(2))
+    first, second = (Function(run, a=nn.Linear(4, 4), b=shared, c=last) for _ in range(2))
     return first, second
 
 
@@ -282,9 +269,9 @@ def test_with_itself_the_cross_matrix_is_the_gram_matrix(layer: nn.Module, shape
 
 
 def test_models_that_call_a_site_otherwise_are_refused() -> None:
-    once = Module(lambda self, x: self.a(x), a=nn.Linear(4, 4))
-    twice = Module(lambda self, x: self.a(self.a(x)), a=nn.Linear(4, 4))
-    longer = Module(lambda self, x: self.a(torch.cat([x, x])), a=nn.Linear(4, 4))
+    once = Function(lambda self, x: self.a(x), a=nn.Linear(4, 4))
+    twice = Function(lambda self, x: self.a(self.a(x)), a=nn.Linear(4, 4))
+    longer = Function(lambda self, x: self.a(torch.cat([x, x])), a=nn.Linear(4, 4))
     for original, model in ((once, twice), (twice, once), (once, longer)):
         with pytest.raises(
             ModelError, match=r"call a site alike, got other inputs in examples\[0\] \(at layer a\)"
@@ -297,8 +284,8 @@ def test_models_that_call_a_site_otherwise_are_refused() -> None:
 )
 def test_both_at_once_are_what_each_is_by_itself(layer: nn.Module, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    original = Module(lambda self, x: (self.a(x), self.b(x)), a=layer, b=copy.deepcopy(layer))
-    model = Module(lambda self, x: (self.a(x + 0.2 * x.sin()), self.b(x)), a=layer, b=original.b)
+    original = Function(lambda self, x: (self.a(x), self.b(x)), a=layer, b=copy.deepcopy(layer))
+    model = Function(lambda self, x: (self.a(x + 0.2 * x.sin()), self.b(x)), a=layer, b=original.b)
     given = examples(*shape)
     own, cross = both(original, model, ["a", "b"], given)
     for path in "ab":
@@ -309,7 +296,7 @@ def test_both_at_once_are_what_each_is_by_itself(layer: nn.Module, shape: tuple[
 
 def test_both_share_where_both_models_read_one_tensor() -> None:
     model, given = (
-        Module(lambda self, x: self.a(x) + self.b(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3)),
+        Function(lambda self, x: self.a(x) + self.b(x), a=nn.Linear(4, 3), b=nn.Linear(4, 3)),
         examples(5, 4),
     )
     own, cross = both(model, copy.deepcopy(model), ["a", "b"], given)

@@ -61,6 +61,15 @@ def test_one_bad_weight_is_found_in_its_place(index: int, bad: float, in_bias: b
     assert caught.value.got == "1 of 20 values NaN or infinite"
 
 
+def test_parameters_that_share_memory_without_being_one_are_said() -> None:
+    one, two = nn.Linear(4, 4), nn.Linear(4, 4)
+    two.weight = nn.Parameter(one.weight.data)
+    note = "0.weight, 1.weight share memory, but are parameters of their own and come apart"
+    assert [n for n in check_model(nn.Sequential(one, two)) if n.startswith(note)]
+    two.weight = one.weight
+    assert check_model(nn.Sequential(one, two)) == []
+
+
 def test_a_mask_may_hold_infinities_but_no_nan() -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("mask", torch.tensor([0.0, -math.inf]))

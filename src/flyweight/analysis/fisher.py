@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -66,14 +67,8 @@ def lazily(
     model: nn.Module, sites: Collection[str], examples: Sequence[Batch], *, seed: int
 ) -> Callable[[str], torch.Tensor | None]:
     """A function from a site to its importance of `fisher`, or None; all are collected when the first is asked for."""
-    collected: list[Mapping[str, torch.Tensor]] = []
-
-    def found(site: str) -> torch.Tensor | None:
-        if not collected:
-            collected.append(fisher(model, sites, examples, seed=seed))
-        return collected[0].get(site)
-
-    return found
+    collected = functools.cache(lambda: fisher(model, sites, examples, seed=seed))
+    return lambda site: collected().get(site)
 
 
 @contextlib.contextmanager

@@ -46,11 +46,7 @@ def lazily(
     model: nn.Module, sites: Collection[str], examples: Sequence[Batch]
 ) -> Callable[[str], torch.Tensor | None]:
     """A function from a site to its matrix of `grams`, or None; all are collected when the first is asked for."""
-
-    @functools.cache
-    def collected() -> Mapping[str, torch.Tensor]:
-        return grams(model, sites, examples)
-
+    collected = functools.cache(lambda: grams(model, sites, examples))
     return lambda site: collected().get(site)
 
 

@@ -86,20 +86,16 @@ class _Seen:
     own_input: bool = True
 
 
-def analyse(
-    model: nn.Module, examples: Sequence[Batch], seed: int = 0, seen: Callable[[int], None] = lambda _: None
-) -> Analysis:
+def analyse(model: nn.Module, examples: Sequence[Batch], seed: int = 0) -> Analysis:
     """The sites of a model in eval mode, with their costs and statistics from one pass over the examples.
 
-    seen is told the number of examples done. Raises DataError where an activation is NaN or infinite, or where the model
-    refuses an example.
+    Raises DataError where an activation is NaN or infinite, or where the model refuses an example.
     """
     recorder = _Recorder(model, per_call=max(256, SAMPLE // len(examples)), seed=seed)
     with unfused(), recorder:
         for index in range(len(examples)):
             recorder.first = index == 0
             recorder.output(run_example(model, examples, index))
-            seen(index + 1)
     return recorder.analysis()
 
 

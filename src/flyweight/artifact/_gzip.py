@@ -120,5 +120,6 @@ def _named() -> Iterator[None]:
     try:
         yield
     except ArtifactError as error:
-        where = error.where if PACKED in error.where else f"{PACKED}: {error.where}"
-        raise ArtifactError(error.rule, got=error.got, where=where, way_out=error.way_out) from error
+        if PACKED in error.where:
+            raise
+        raise error.at(f"{PACKED}: {error.where}") from error

@@ -201,8 +201,7 @@ def _verified(folder: Path, root: int) -> Artifact:
         if not _is_at(folder, root):
             # Replaced while it was read, so that its files were going: the new one counts.
             raise FileNotFoundError from error
-        where = f"{shown(str(folder), 300)}: {error.where}"
-        raise ArtifactError(error.rule, got=error.got, where=where, way_out=error.way_out) from error
+        raise error.at(f"{shown(str(folder), 300)}: {error.where}") from error
 
 
 def _is_at(folder: Path, root: int) -> bool:

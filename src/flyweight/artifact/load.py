@@ -12,7 +12,7 @@ from torch import nn
 from flyweight import discover, transforms
 from flyweight.analysis.sites import plain_site
 from flyweight.artifact import format as spec
-from flyweight.errors import ArtifactError, UsageError
+from flyweight.errors import ArtifactError, UsageError, another_model
 from flyweight.records import Batch
 from flyweight.runtimes import _gguf_load, _hugging_face, _structure
 from flyweight.runtimes._files import GGUF, MODEL, Predictor, match
@@ -31,23 +31,13 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
         try:
             sites.append(plain_site(model, step.site))
         except AttributeError:
-            raise ArtifactError(
-                "the artifact must belong to the model",
-                got=f"a model without the layer {step.site}",
-                where=str(folder),
-                way_out="give the model that the task's file builds",
-            ) from None
+            raise another_model(f"a model without the layer {step.site}", str(folder)) from None
     try:
         rebuilt = transforms.apply(
             copy.deepcopy(model).eval(), artifact.manifest.plan, sites, transforms.Context(rebuilding=True)
         )
     except UsageError as error:
-        raise ArtifactError(
-            "the artifact must belong to the model",
-            got=str(error),
-            where=str(folder),
-            way_out="give the model that the task's file builds",
-        ) from error
+        raise another_model(str(error), str(folder)) from error
     stored = spec.tensors(artifact)
     names = {file.name for file in artifact.files}
     if GGUF in names:

@@ -131,10 +131,10 @@ def encode(manifest: Manifest, files: Sequence[StoredFile], tensors: Sequence[St
         "tensors": {one.name: _unnamed(one) for one in tensors},
     }
     try:
-        plain = {key: canonical(plain(value)) for key, value in sorted(document.items())}
+        lines = {key: canonical(plain(value)) for key, value in sorted(document.items())}
     except (TypeError, ValueError) as error:
         raise damaged("a manifest holds plain, finite JSON values", got=str(error), where=MANIFEST) from error
-    raw = sign(b"{\n" + b"".join(b'"%s": %s,\n' % (key.encode(), value) for key, value in plain.items()))
+    raw = sign(b"{\n" + b"".join(b'"%s": %s,\n' % (key.encode(), value) for key, value in lines.items()))
     decode(raw)  # what is written passes the reader's checks, or is not written
     return raw
 

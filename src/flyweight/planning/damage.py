@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -32,7 +32,6 @@ def damages(
     examples: Sequence[Batch],
     *,
     seconds: float,
-    told: Callable[[int], None] = lambda _: None,
 ) -> dict[str, float]:
     """Relative squared change of the output per site, with that site's step alone applied.
 
@@ -47,13 +46,12 @@ def damages(
     for batch in examples[1 : max(1, min(EXAMPLES, affordable))]:
         chosen, wanted = [*chosen, batch], [*wanted, run(model, batch)]
     found: dict[str, float] = {}
-    for index, site in enumerate(s for s in sites if s.name in steps):
+    for site in (s for s in sites if s.name in steps):
         if time.perf_counter() - start > seconds:
             break
         with _changed(model, site, steps[site.name], context):
             changes = [deviation(w, run(model, batch)) for w, batch in zip(wanted, chosen, strict=True)]
         found[site.name] = sum(changes) / len(changes)
-        told(index + 1)
     return found
 
 

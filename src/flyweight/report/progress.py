@@ -6,12 +6,12 @@ never disturbs a measurement. It goes to stderr, so that stdout stays for the re
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
 import time
-from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
 
 from rich.cells import cell_len, set_cell_size
 
@@ -20,7 +20,7 @@ from flyweight.report import _words
 BAR = 16
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager["Progress"]):
     """A context manager that tells stage, step, time left and the best so far on stderr; silent when not enabled.
 
     enabled: whether to say anything. within: the time for the whole run, in seconds, which bounds the time left;
@@ -36,14 +36,7 @@ class Progress:
         self._total, self._finished = 0, 0
         self._live = enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def __enter__(self) -> Self:
-        """Start the clock."""
-        self._begin = self._stage_begin = time.monotonic()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Take the line of the present away."""
         self._write("", present="")
 

@@ -25,7 +25,7 @@ from torch.nn.functional import pad as padded
 
 from flyweight.codes import Grid, integer, low_float, ternary
 from flyweight.codes._packing import pack, unpack
-from flyweight.errors import ArtifactError, ModelError
+from flyweight.errors import ModelError, another_model
 from flyweight.records import JSON
 
 Form: TypeAlias = 'Literal["packed", "blocks", "bytes", "floats"]'
@@ -156,9 +156,10 @@ def unpacked(
                 zeros = _integers(zeros.T, bits, len(counted)).T
             zeros = zeros.float() + up
     except (KeyError, RuntimeError) as error:
-        raise _foreign(path, str(error)) from None
+        raise another_model(json.dumps(str(error))[:120], path) from None
     if counted.shape != (len(scales), columns) or scales.shape[1] != columns // grid.group:
-        raise _foreign(path, f"shapes {tuple(counted.shape)} and {tuple(scales.shape)}")
+        got = json.dumps(f"shapes {tuple(counted.shape)} and {tuple(scales.shape)}")
+        raise another_model(got, path)
     return counted.to(torch.int16) + up, dataclasses.replace(grid, scales=scales, zeros=zeros)
 
 
@@ -207,7 +208,7 @@ def _scheme(path: str, options: Any, form: Form, columns: int) -> Scheme:
     try:
         return scheme(options, form, columns)
     except ModelError as error:
-        raise ModelError(error.rule, got=error.got, where=path, way_out=error.way_out) from None
+        raise error.at(path) from None
 
 
 def _lacking(options: Any) -> ModelError:
@@ -264,12 +265,3 @@ def _named(path: str, found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tens
     """With memory of their own: layers that share a weight are written one by one."""
     kept = torch.contiguous_format
     return {f"{path}.{name}": tensor.clone(memory_format=kept) for name, tensor in found.items()}
-
-
-def _foreign(path: str, got: str) -> ArtifactError:
-    return ArtifactError(
-        "the artifact must belong to the model",
-        got=json.dumps(got)[:120],
-        where=path,
-        way_out="give the model that the task's file builds",
-    )

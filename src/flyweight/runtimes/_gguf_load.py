@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flyweight import discover
-from flyweight.errors import ArtifactError, ModelError, UsageError
+from flyweight.errors import ModelError, UsageError, another_model
 from flyweight.runtimes._gguf import unpack
 from flyweight.runtimes._gguf_model import causal, floats, layers, name_of, order
 from flyweight.transforms import QuantizedLayer
@@ -28,7 +28,7 @@ def state(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
         prefix = next(path for path, module in model.named_modules() if module is inner)
         found = _state(inner, stored)
     except ModelError as error:
-        raise _foreign(str(error)) from None
+        raise another_model(str(error)) from None
     return {f"{prefix}.{key}" if prefix else key: tensor for key, tensor in found.items()}
 
 
@@ -50,7 +50,7 @@ def _state(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, to
 def _integers(layer: QuantizedLayer, packed: NDArray[Any]) -> dict[str, torch.Tensor]:
     """The buffers of a layer; only scales, and minima, were rounded when they were written."""
     if packed.dtype != np.uint8 or packed.ndim != 2 or len(packed) != layer.rows:
-        raise _foreign(f"{packed.dtype} of shape {packed.shape} for blocks")
+        raise another_model(f"{packed.dtype} of shape {packed.shape} for blocks")
     integers, scales, minima = unpack(packed, layer.columns)
     grid = layer.encoded()[1]
     every = slice(None, None, max(1, scales.shape[1] // grid.scales.shape[1]))
@@ -64,18 +64,12 @@ def _integers(layer: QuantizedLayer, packed: NDArray[Any]) -> dict[str, torch.Te
         code = discover.method("codes", layer.code)
         stored: dict[str, torch.Tensor] = code.store(torch.from_numpy(integers), grid, layer.options)
     except UsageError as error:
-        raise _foreign(str(error)) from None
+        raise another_model(str(error)) from None
     return stored
 
 
 def _stored(stored: Mapping[str, torch.Tensor], name: str) -> NDArray[Any]:
     if name not in stored:
-        raise _foreign(f"no tensor {name}")
+        raise another_model(f"no tensor {name}")
     found: NDArray[Any] = stored[name].numpy()
     return found
-
-
-def _foreign(got: str) -> ArtifactError:
-    return ArtifactError(
-        "the artifact must belong to the model", got=got, way_out="give the model that the task's file builds"
-    )

@@ -217,7 +217,7 @@ def _packed(path: str, layer: QuantizedLayer, kind: _gguf.Type, order: NDArray[A
         rows = slice(None) if order is None else order
         return _gguf.pack(kind, integers[rows], scales[rows], None if minima is None else minima[rows])
     except ModelError as error:
-        raise ModelError(error.rule, got=error.got, where=path, way_out=error.way_out) from None
+        raise error.at(path) from None
 
 
 def _rope(model: nn.Module) -> Iterator[Tensor]:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from flyweight import discover
-from flyweight.errors import ArtifactError, ModelError, UsageError, foreign
+from flyweight.errors import ModelError, UsageError, another_model, foreign
 from flyweight.inputs.language_model import quiet, tokenizer
 from flyweight.records import JSON
 from flyweight.runtimes import _compressed_tensors as form
@@ -163,7 +163,7 @@ def state(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
         layers = quantized(inner)
         kept = _schemes(layers)
     except ModelError as error:
-        raise _foreign(str(error)) from None
+        raise another_model(str(error)) from None
     taken = {key for path in kept for key in _keys(path)}
     found = {_inner_name(key, layers): tensor for key, tensor in stored.items() if key not in taken}
     for path, layer in layers.items():
@@ -263,7 +263,7 @@ def _encoded(path: str, layer: QuantizedLayer, stored: Mapping[str, torch.Tensor
     try:
         found: dict[str, torch.Tensor] = code.store(integers, grid, layer.options)
     except UsageError as error:
-        raise _foreign(str(error)) from None
+        raise another_model(str(error)) from None
     return found
 
 
@@ -285,9 +285,3 @@ def _inner_name(key: str, layers: Mapping[str, QuantizedLayer]) -> str:
 
 def _inside(path: str, other: str) -> bool:
     return not other or path.startswith(f"{other}.")
-
-
-def _foreign(got: str) -> ArtifactError:
-    return ArtifactError(
-        "the artifact must belong to the model", got=got, way_out="give the model that the task's file builds"
-    )

@@ -15,7 +15,7 @@ from torch import nn
 
 from flyweight import discover
 from flyweight.codes._packing import pack, unpack
-from flyweight.errors import ArtifactError
+from flyweight.errors import another_model
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
 
@@ -64,7 +64,7 @@ def load_state(model: nn.Module, stored: Mapping[str, torch.Tensor], layouts: Ma
     ]
     if differences:
         more = f" and {len(differences) - 5} more" if len(differences) > 5 else ""
-        raise _foreign("; ".join(differences[:5]) + more)
+        raise another_model("; ".join(differences[:5]) + more)
     model.load_state_dict(state, strict=False)
 
 
@@ -75,7 +75,7 @@ def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor, layout: 
     if kind == TRANSPOSED:
         return tensor.T.contiguous() if tensor.ndim == 2 else tensor
     if not isinstance(module, QuantizedLayer):
-        raise _foreign(f"{key} as {kind}, the model's is no quantized layer")
+        raise another_model(f"{key} as {kind}, the model's is no quantized layer")
     _, grid = module.encoded()
     name = key.rpartition(".")[2]
     shared = name == "zeros" and module.stored()["scales"].shape[0] < module.rows
@@ -106,9 +106,3 @@ def _packed(module: QuantizedLayer, name: str, integers: torch.Tensor, grid: obj
     """What the layer's code stores under a name."""
     found: torch.Tensor = discover.method("codes", module.code).store(integers, grid, module.options)[name]
     return found
-
-
-def _foreign(got: str) -> ArtifactError:
-    return ArtifactError(
-        "the artifact must belong to the model", got=got, way_out="give the model that the task's file builds"
-    )

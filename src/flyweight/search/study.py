@@ -13,7 +13,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from flyweight import _faults
@@ -22,7 +21,7 @@ from flyweight.records import JSON, Plan, Trial, canonical
 from flyweight.search import _journal, _lock
 
 
-class Study:
+class Study(contextlib.AbstractContextManager["Study"]):
     """The memory of one run. Made by `Study.open` (to write; a context manager) or `Study.read` (to look)."""
 
     def __init__(self, path: Path, database: sqlite3.Connection, lock: int | None) -> None:
@@ -109,12 +108,7 @@ class Study:
         lock, self._lock = self._lock, None
         _lock.release(self._path, lock)
 
-    def __enter__(self) -> Study:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _keys(self, kind: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,9 @@ def built(entry: Zoo, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def inputs(entry: Zoo, dtype: torch.dtype = torch.float32) -> list[Batch]:
     """The zoo's examples, floating tensors in another dtype where that is not float32."""
-    return [batch if dtype == torch.float32 else _cast(batch, dtype) for batch in entry.examples()]
+    if dtype == torch.float32:
+        return list(entry.examples())
+    return [each_tensor(x, lambda t: t.to(dtype) if t.is_floating_point() else t) for x in entry.examples()]
 
 
 def cases(method: str, entry: Zoo) -> Iterator[Case | str]:
@@ -150,12 +152,10 @@ def distance(wanted: Any, found: Any) -> float:
     return worst if worst == worst else float("inf")
 
 
-def _cast(batch: Batch, dtype: torch.dtype) -> Batch:
-    def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
+def each_tensor(batch: Batch, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+    """A batch with each of its tensors changed."""
     if isinstance(batch, torch.Tensor):
-        return cast(batch)
-    return (
-        {name: cast(t) for name, t in batch.items()} if isinstance(batch, dict) else tuple(map(cast, batch))
-    )
+        return change(batch)
+    if isinstance(batch, dict):
+        return {name: change(tensor) for name, tensor in batch.items()}
+    return tuple(map(change, batch))

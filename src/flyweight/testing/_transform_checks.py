@@ -12,12 +12,22 @@ import torch
 from torch import nn
 
 from flyweight import discover, transforms
-from flyweight.analysis.sites import model_bytes
-from flyweight.errors import UsageError
-from flyweight.inputs.check import digest, run
+from flyweight.analysis.sites import analyse, model_bytes
+from flyweight.errors import DataError, UsageError, foreign
+from flyweight.inputs.check import call, digest, run
 from flyweight.records import Plan, Site, Step
 from flyweight.runtimes import _structure
-from flyweight.testing._cases import Broken, Case, NotApplicable, built, distance, require, same, same_form
+from flyweight.testing._cases import (
+    Broken,
+    Case,
+    NotApplicable,
+    built,
+    distance,
+    each_tensor,
+    require,
+    same,
+    same_form,
+)
 from flyweight.transforms import Context, _options
 
 GROWTH = 32
@@ -51,13 +61,11 @@ def output_form(case: Case) -> None:
 
 def finite_and_close(case: Case) -> None:
     """The output is finite, and as close to the original's as the method says."""
-    method, changed = discover.method("transforms", case.method), case.changed
-    closeness = getattr(method, "closeness", lambda _: 0.0)
-    bounds = [closeness(_options.read(method, step.options, "")) for step in case.plan.steps]
+    changed, bound = case.changed, _bound(case)
     for batch in case.examples:
         wanted, found = run(case.original, batch), run(changed, batch)
         require(all(bool(torch.isfinite(leaf).all()) for leaf in _structure.leaves(found)), "not finite")
-        gap, bound = distance(wanted, found), max(bounds) + ROUNDING[case.dtype]
+        gap = distance(wanted, found)
         require(gap <= bound, f"the output changed by {gap:.3g}, more than {bound:.3g}")
 
 
@@ -139,6 +147,38 @@ def others_untouched(case: Case) -> None:
             require(key in after and torch.equal(tensor, after[key]), f"{key} changed")
 
 
+def empty_batch(case: Case) -> None:
+    """Of no samples it makes an output of the original's form, where the original takes them."""
+    nothing = each_tensor(case.examples[0], lambda tensor: tensor[:0])
+    try:
+        with foreign(DataError, "the original must take no samples"):
+            wanted = run(case.original, nothing)
+    except DataError as error:
+        raise NotApplicable(str(error)) from error
+    same_form(wanted, run(case.changed, nothing))
+
+
+def any_order(case: Case) -> None:
+    """Seen in the opposite order the examples give a model as close: sums round otherwise, and may tip a choice."""
+    turned, bound = case.examples[::-1], _bound(case)
+    other = dataclasses.replace(case, examples=turned, analysis=analyse(case.original, turned)).changed
+    for batch in case.examples:
+        gap = distance(run(case.changed, batch), run(other, batch))
+        require(gap <= bound, f"another order changes the output by {gap:.3g}, more than {bound:.3g}")
+
+
+def trainable(case: Case) -> None:
+    """Slopes pass through it: a backward pass gives finite gradients to the floats that are left."""
+    model = copy.deepcopy(case.changed).requires_grad_(True)
+    with torch.enable_grad():
+        leaves = [leaf for leaf in _structure.leaves(call(model, case.examples[0])) if leaf.requires_grad]
+        if not leaves:
+            raise NotApplicable("no floats are left that the output depends on")
+        torch.stack([leaf.float().square().sum() for leaf in leaves]).sum().backward()
+    slopes = [p.grad for p in model.parameters() if p.grad is not None]
+    require(bool(slopes) and all(bool(torch.isfinite(s).all()) for s in slopes), "gradients are not finite")
+
+
 def options_round_trip(method: ModuleType) -> None:
     """Options go to plain JSON values and back."""
     for options in _settings(method):
@@ -162,9 +202,17 @@ def options_checked(method: ModuleType) -> None:
 
 CHECKS = (
     input_untouched, no_shared_storage, output_form, finite_and_close, deterministic, state_round_trip, copies,
-    honest_size, ties_kept, twice, refusal_truthful, others_untouched,
+    honest_size, ties_kept, twice, refusal_truthful, others_untouched, empty_batch, any_order, trainable,
 )  # fmt: skip
 OPTION_CHECKS = (options_round_trip, options_checked)
+
+
+def _bound(case: Case) -> float:
+    """How far the method lets an output move, and rounding besides."""
+    method = discover.method("transforms", case.method)
+    closeness = getattr(method, "closeness", lambda _: 0.0)
+    bounds = [closeness(_options.read(method, step.options, "")) for step in case.plan.steps]
+    return float(max(bounds)) + ROUNDING[case.dtype]
 
 
 def _snapshot(model: nn.Module) -> dict[str, Any]:

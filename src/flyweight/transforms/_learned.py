@@ -274,7 +274,7 @@ def _frozen(path: str, layer: LearningLayer) -> QuantizedLayer:
     try:
         return layer.frozen()
     except ModelError as error:
-        raise ModelError(error.rule, got=error.got, where=path, way_out=error.way_out) from None
+        raise error.at(path) from None
 
 
 def _passed(value: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

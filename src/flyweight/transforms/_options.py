@@ -32,9 +32,7 @@ def read(method: ModuleType, options: Mapping[str, JSON], where: str) -> Any:
     try:
         return method.Options(**options)
     except UsageError as error:
-        raise UsageError(
-            error.rule, got=error.got, where=f"{where}.{error.where}", way_out=error.way_out
-        ) from None
+        raise error.at(f"{where}.{error.where}") from None
 
 
 def plain(options: Any) -> dict[str, JSON]:

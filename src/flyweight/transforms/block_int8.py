@@ -69,7 +69,7 @@ def read(options: Mapping[str, JSON], where: str) -> Options:
     try:
         return Options(weights=weights)
     except UsageError as error:
-        raise UsageError(error.rule, got=error.got, where=f"{where}.{error.where}") from None
+        raise error.at(f"{where}.{error.where}") from None
 
 
 def levels(site: Site) -> Sequence[Options]:

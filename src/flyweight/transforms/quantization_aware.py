@@ -73,7 +73,7 @@ def read(options: Mapping[str, JSON], where: str) -> Options:
     try:
         return Options(stored=stored, **own)  # type: ignore[arg-type]  # checked by Options
     except UsageError as error:
-        raise UsageError(error.rule, got=error.got, where=f"{where}.{error.where}") from None
+        raise error.at(f"{where}.{error.where}") from None
 
 
 def _level(activations: int | None = None, **coding: object) -> Options:
