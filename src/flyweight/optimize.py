@@ -97,7 +97,7 @@ class Run:
         """The original, scored and timed."""
         self.told.stage("measuring the original", 2)
         self.told.step("scoring")
-        kept = self.study.remember("original", "scores", lambda: _scores_json(self.bench.score_original()))
+        kept = self.study.remember("original", "scores", lambda: self.bench.score_original().to_json())
         samples = None if kept["samples"] is None else tuple(kept["samples"])
         self.bench.original = Scores(kept["mean"], samples)
         self.told.done(f"score {kept['mean']:.4g}" + (f" over {len(samples):,} samples" if samples else ""))
@@ -314,10 +314,6 @@ def _same(one: Measured, two: Measured) -> bool:
 def _write(result: Result, folder: Path) -> None:
     atomic_write_text(folder / "result.json", json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n")
     atomic_write_text(folder / "report.html", html.render(result, how_to_load(result, folder)))
-
-
-def _scores_json(scores: Scores) -> dict[str, Any]:
-    return {"mean": scores.mean, "samples": None if scores.samples is None else list(scores.samples)}
 
 
 def read_result(folder: Path) -> Result:

@@ -57,6 +57,8 @@ def pack(
 def write(session: Session, runtime: str, plan: Plan, measured: Measured | None, folder: Path) -> int:
     """Build the plan's model for a runtime and write its artifact; returns its bytes."""
     _, predictor = session.bench.prepare(runtime, plan)
+    figures = {} if measured is None else measured.to_json()
+    figures.pop("plan", None)  # the manifest has it
     manifest = spec.Manifest(
         task=session.task.name,
         runtime=runtime,
@@ -66,7 +68,7 @@ def write(session: Session, runtime: str, plan: Plan, measured: Measured | None,
         outputs=predictor.outputs,
         layouts=dict(predictor.layouts),
         model_digest=session.model_digest,
-        measured={} if measured is None else _figures(measured),
+        measured=figures,
         machine=machine(),
         versions=versions(),
     )
@@ -90,11 +92,6 @@ def how_to_load(result: Result, folder: Path) -> str:
             f'model = flyweight.load("{best}", task.model)',
         ]
     )
-
-
-def _figures(measured: Measured) -> dict[str, Any]:
-    """The measurement without its plan, which the manifest has already."""
-    return {name: value for name, value in measured.to_json().items() if name != "plan"}
 
 
 def _confirmed(session: Session, best: Measured, folder: Path) -> timing.Race:

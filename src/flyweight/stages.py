@@ -169,7 +169,8 @@ def doctor() -> str:
         + ", ".join(f"{name} {version}" for name, version in sessions.versions().items()),
         "",
     ]
-    lines += [_fill(f"{name}: {reason or 'ready'}") for name, reason in _availability()]
+    known = discover.methods("runtimes")
+    lines += [_fill(f"{name}: {module.available() or 'ready'}") for name, module in known.items()]
     names, _ = sessions.runtimes("auto")
     names = [name for name in names if name not in SLOW_RUNTIMES]
     for title, task in (("linear layers", _linear_task()), ("convolutions", _convolution_task())):
@@ -260,10 +261,6 @@ def _between(interval: Interval | None) -> str:
 
 def _refused(runtime: str, steps: Collection[Step]) -> bool:
     return discover.method("runtimes", runtime).refuse(steps) is not None
-
-
-def _availability() -> list[tuple[str, str | None]]:
-    return [(name, module.available()) for name, module in discover.methods("runtimes").items()]
 
 
 def _said(notes: Sequence[str]) -> list[str]:

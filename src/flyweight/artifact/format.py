@@ -198,14 +198,10 @@ def _verified(folder: Path, root: int) -> Artifact:
     try:
         return _artifact(folder, root)
     except ArtifactError as error:
-        if not _is_at(folder, root):
+        if not (is_there(folder) and os.path.samestat(os.lstat(folder), os.fstat(root))):
             # Replaced while it was read, so that its files were going: the new one counts.
             raise FileNotFoundError from error
         raise error.at(f"{shown(str(folder), 300)}: {error.where}") from error
-
-
-def _is_at(folder: Path, root: int) -> bool:
-    return is_there(folder) and os.path.samestat(os.lstat(folder), os.fstat(root))
 
 
 def _artifact(folder: Path, root: int) -> Artifact:

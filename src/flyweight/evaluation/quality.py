@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from flyweight.errors import DataError, foreign
-from flyweight.records import Goal, Interval, Predict
+from flyweight.records import Goal, Interval, Predict, Record
 
 FEW = 10
 """With fewer changed samples than this, the spread of the differences says little and the interval is widened."""
@@ -21,7 +21,7 @@ _Z = 1.959964
 
 
 @dataclass(frozen=True)
-class Scores:
+class Scores(Record):
     """What the task's score gave: the mean, and the per-sample values if it gave them."""
 
     mean: float

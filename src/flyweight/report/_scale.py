@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from flyweight.records import Interval
@@ -49,7 +48,7 @@ def logarithmic(low: float, high: float, count: int = 6) -> Axis:
         return Axis(low, high, linear(low, high, count).ticks, log=True)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for mantissas in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        ticks = _between(low, high, (m * 10.0**k for k in decades for m in mantissas))
+        ticks = tuple(t for t in (m * 10.0**k for k in decades for m in mantissas) if low <= t <= high)
         if len(ticks) <= count:
             return Axis(low, high, ticks, log=True)
     return Axis(low, high, ticks[:: math.ceil(len(ticks) / count)], log=True)
@@ -65,7 +64,3 @@ def ends(interval: Interval | None) -> list[float]:
     if interval is None or not (drawable(interval.low) and drawable(interval.high)):
         return []
     return [interval.low, interval.high]
-
-
-def _between(low: float, high: float, values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(value for value in values if low <= value <= high)

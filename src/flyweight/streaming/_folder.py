@@ -62,7 +62,7 @@ def block_entries(
     found = [
         _writing.held(name, t)
         for path, layer in layers.items()
-        for name, t in _stored(path, layer, dtype).items()
+        for name, t in packed(path, *layer.encoded(), layer.shape, dtype).items()
     ]
     return found + [copied(source, key) for key in keys if key.removesuffix(".weight") not in layers]
 
@@ -91,11 +91,6 @@ def finish(out: Path, source: Source, journal: Journal, code: integer.Options) -
     said = configuration(layers, [*ignore, *journal.outside])
     config = _shards.document(source.folder, CONFIG)
     return (*files, _writing.write_json(out / CONFIG, {**config, "quantization_config": said}))
-
-
-def _stored(path: str, layer: QuantizedLayer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    integers, grid = layer.encoded()
-    return packed(path, integers, grid, layer.shape, dtype)
 
 
 def _companions(folder: Path) -> Iterator[Path]:

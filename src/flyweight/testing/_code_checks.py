@@ -250,7 +250,7 @@ def bad_input_refused(case: CodeCase) -> None:
         for damaged in (
             {**stored, name: tensor[:, :-1]},
             {**stored, name: tensor.double()},
-            _without(stored, name),
+            {key: other for key, other in stored.items() if key != name},
         ):
             _require_raises(
                 ArtifactError,
@@ -318,7 +318,3 @@ def _require_raises(kind: type[Exception], action: Callable[[], object]) -> None
     except kind:
         return
     raise Broken(f"no {kind.__name__} was raised")
-
-
-def _without(stored: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    return {key: tensor for key, tensor in stored.items() if key != name}

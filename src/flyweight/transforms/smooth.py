@@ -165,7 +165,8 @@ def _readers(
 def _factor(readers: Sequence[_Reader], free: torch.Tensor, options: Options, exact: bool) -> torch.Tensor:
     """Factors (C,) float64 of the giver's channels: 1 where they are not free or never used; exact: powers of two."""
     ones = torch.ones(len(free), dtype=torch.float64)
-    readers = [one for one in readers if _misfit(one.weight, options.coding) is None]
+    coding = options.coding
+    readers = [r for r in readers if integer.refuse(len(r.weight), r.weight.shape[1], coding) is None]
     if not readers:
         return ones
     size = _largest(free, ((one.numbers, _size(one, options)) for one in readers))
@@ -176,13 +177,11 @@ def _factor(readers: Sequence[_Reader], free: torch.Tensor, options: Options, ex
     family = [_level(one, used, exact) for one in _family(size, weight, options)]
     if options.alpha is not None:
         return family[0]
-    errors = [_error(readers, one, options) for one in (ones, *family)]
+    errors = [
+        sum(_error(reader, one[reader.numbers].float(), options.coding) for reader in readers)
+        for one in (ones, *family)
+    ]
     return (ones, *family)[errors.index(min(errors))]
-
-
-def _misfit(weight: torch.Tensor, coding: integer.Options) -> str | None:
-    outputs, inputs = weight.shape
-    return integer.refuse(outputs, inputs, coding)
 
 
 def _size(reader: _Reader, options: Options) -> torch.Tensor:
@@ -218,13 +217,11 @@ def _largest(free: torch.Tensor, values: Iterator[tuple[torch.Tensor, torch.Tens
     return found
 
 
-def _error(readers: Sequence[_Reader], factor: torch.Tensor, options: Options) -> float:
-    """The predicted mean squared error of the readers' outputs, relative to their mean squares, summed over the readers."""
-    return sum(_error_of(one, factor[one.numbers].float(), options.coding) for one in readers)
+def _error(reader: _Reader, factor: torch.Tensor, coding: integer.Options) -> float:
+    """The predicted mean squared error of a reader's outputs, relative to their mean square.
 
-
-def _error_of(reader: _Reader, factor: torch.Tensor, coding: integer.Options) -> float:
-    """The error of one reader whose weight is multiplied by factors (I,) and rounded to nearest, its inputs divided."""
+    Its weight is multiplied by factors (I,) and rounded to nearest, its inputs are divided.
+    """
     weight = reader.weight * factor
     grid = integer.fit(weight, coding, reader.energy / factor.square())
     change = grid.values(grid.nearest(weight)) / factor - reader.weight
