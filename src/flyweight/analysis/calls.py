@@ -60,7 +60,19 @@ def operands(
     return named["input"], named["weight"], named.get("bias"), layout if kind == _CONV else {}
 
 
-class Watch(TorchFunctionMode):
+class Functions(TorchFunctionMode):
+    """Stands between a program and PyTorch's functions while it is entered."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """What is given instead of the function's result."""
+        return self.instead(func, args, dict(kwargs or {}))
+
+    def instead(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a function that is called with these arguments."""
+        return func(*args, **kwargs)
+
+
+class Watch(Functions):
     """Hands every use of the given weights to `seen(path, call)`, and any other use to `other(path, function)`."""
 
     def __init__(
@@ -73,15 +85,8 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self._weights, self._seen, self._other = weights, seen, other
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def instead(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function as it is and report what it used."""
-        kwargs = kwargs or {}
         result = func(*args, **kwargs)
         kind = OPERATIONS.get(func)
         owned = None

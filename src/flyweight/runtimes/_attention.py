@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
+from flyweight.analysis.calls import Functions
 from flyweight.runtimes._nodes import read
 
 _SWAPPED = [0, 2, 1, 3]
@@ -20,23 +20,17 @@ Shape = tuple[int | str, ...]
 """Sizes of a graph's tensor; a free one has a name."""
 
 
-class FourDimensional(TorchFunctionMode):
+class FourDimensional(Functions):
     """Calls of `scaled_dot_product_attention` get four dimensions and as many heads everywhere, as the node needs them."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def instead(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function, attention on reshaped tensors."""
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         named = dict(
             zip(("query", "key", "value", "attn_mask", "dropout_p", "is_causal"), args, strict=False)
         )
-        return _attention(named | dict(kwargs or {}))
+        return _attention(named | kwargs)
 
 
 def _attention(given: dict[str, Any]) -> torch.Tensor:

@@ -20,10 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode
 
 from flyweight import transforms
-from flyweight.analysis.calls import OPERATIONS, operands, unfused
+from flyweight.analysis.calls import OPERATIONS, Functions, operands, unfused
 from flyweight.errors import ModelError, first_line
 from flyweight.inputs.check import run
 from flyweight.records import Batch, canonical
@@ -103,26 +102,20 @@ class _OpenSite(nn.Module):
             return functional_call(self.shell, {"weight": self.weight}, args, kwargs)
 
 
-class _Open(TorchFunctionMode):
+class _Open(Functions):
     """Turns the one operation that consumes the weight into an open node."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
         self._path = path
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def instead(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kind = OPERATIONS.get(func)
         if kind is None:
-            return func(*args, **(kwargs or {}))
-        x, weight, bias, layout = operands(kind, args, kwargs or {})
+            return func(*args, **kwargs)
+        x, weight, bias, layout = operands(kind, args, kwargs)
         if func is F.embedding_bag:
-            return bags(functools.partial(self._rows, weight), args, kwargs or {})
+            return bags(functools.partial(self._rows, weight), args, kwargs)
         if kind == "embedding":
             return self._rows(weight, x)
         attributes: dict[str, Any] = {"path": self._path, "kind": kind, "bias": int(bias is not None)}

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from flyweight.analysis import blocks
 from flyweight.analysis.blocks import Chain, Stream
+from flyweight.analysis.calls import Functions
 from flyweight.errors import DataError, ModelError
 from flyweight.inputs.language_model import Logits, hollow_model
 from flyweight.streaming import _shards
@@ -136,7 +136,7 @@ def _state(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     return args[0] if args else kwargs["hidden_states"]
 
 
-class _FromFiles(TorchFunctionMode):
+class _FromFiles(Functions):
     """Gives every operation that meets a parameter on the meta device its values in the files; embeddings get rows alone."""
 
     def __init__(self, frame: Skeleton, keys: Mapping[int, str] | None = None) -> None:
@@ -146,15 +146,8 @@ class _FromFiles(TorchFunctionMode):
         self._source = frame.source
         self._keys = keys or {id(own[name]): key for name, key in frame.keys.items() if name in own}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def instead(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the function on real values."""
-        kwargs = dict(kwargs or {})
         if func is F.embedding:
             ids, weight, *further = (
                 *args,
