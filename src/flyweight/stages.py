@@ -18,7 +18,7 @@ from flyweight.artifact import export as exporting
 from flyweight.artifact import format as spec
 from flyweight.artifact.atomic import atomic_write_text
 from flyweight.artifact.load import load_module, load_predictor
-from flyweight.errors import ArtifactError, UsageError, foreign
+from flyweight.errors import ArtifactError, DataError, UsageError, foreign
 from flyweight.evaluation import timing
 from flyweight.evaluation.bench import Bench, Survey
 from flyweight.evaluation.language import further
@@ -244,8 +244,11 @@ def _opened(folder: Path, task: Task) -> tuple[Predict, spec.Manifest]:
     else:
         predict = caller(load_module(folder, task.model))
     rule, way_out = "the artifact must take the task's examples", f"it was made for the task {said.task!r}"
-    with foreign(ArtifactError, rule, where=str(folder), way_out=way_out):
-        predict(task.examples[0])
+    try:
+        with foreign(ArtifactError, rule, where=str(folder), way_out=way_out):
+            predict(task.examples[0])
+    except DataError as error:  # of an input that the artifact does not have
+        raise ArtifactError(rule, got=str(error), where=str(folder), way_out=way_out) from error
     return predict, said
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flyweight.analysis.calls import unfused
-from flyweight.errors import ModelError, foreign
+from flyweight.errors import FlyweightError, ModelError, foreign
 from flyweight.inputs.check import run
 from flyweight.records import Batch
 
@@ -200,7 +200,7 @@ def _repeats(model: nn.Module, chain: Chain, example: Batch) -> bool:
         with foreign(ModelError, "blocks must take their arguments a second time"):
             for path, arguments in zip(chain.paths, found.arguments, strict=True):
                 state = leaving(model.get_submodule(path), arguments[0], state)
-    except ModelError:
+    except FlyweightError:
         return False
     gap = torch.dist(state.double(), ends[0].double()) if state.shape == ends[0].shape else math.inf
     return bool(gap <= _CLOSE * ends[0].double().norm())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flyweight.errors import ModelError, foreign
+from flyweight.errors import FlyweightError, ModelError, foreign
 from flyweight.inputs.check import arguments
 from flyweight.records import Batch
 
@@ -33,8 +33,8 @@ def trace(model: nn.Module, batch: Batch) -> Trace:
         with foreign(ModelError, "traceable"), warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             program = torch.export.export(model, args, kwargs, strict=False)
-    except ModelError as error:
-        return Trace({}, f"the model cannot be traced: {error.got}")
+    except FlyweightError as error:
+        return Trace({}, f"the model cannot be traced: {error.got or error}")
     return Trace(_norms(program))
 
 
