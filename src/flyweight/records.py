@@ -201,7 +201,6 @@ class Measured(Record):
     verdict: Literal["met", "broken", "unresolved"]
     """Whether the drop is within the goal; unresolved: the samples cannot tell."""
 
-
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Measured:
         """The measurement of `to_json`'s values."""
