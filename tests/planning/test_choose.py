@@ -64,6 +64,8 @@ def test_among_speeds_that_timing_cannot_tell_apart_the_least_drop_wins() -> Non
     lossy = measured("lossy", GOAL, speedup=3.0, speedup_interval=wide, drop=0.004, bytes=250)
     close = measured("close", GOAL, speedup=2.9, speedup_interval=wide, drop=-0.001, bytes=255)
     assert choose.best([lossy, close], GOAL, ORIGINAL) is close
+    unsure = dataclasses.replace(lossy, drop_interval=Interval(-0.001, 0.009))
+    assert choose.best([unsure, close], GOAL, ORIGINAL) is unsure
     sure = dataclasses.replace(close, speedup_interval=Interval(2.7, 2.79))
     assert choose.best([lossy, sure], GOAL, ORIGINAL) is lossy
     slower = dataclasses.replace(close, speedup=2.8)

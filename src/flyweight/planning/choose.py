@@ -48,8 +48,8 @@ def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured 
     """The candidate within the bound with the largest gain.
 
     Gains that the timing cannot tell apart are ties. A drop is given up for good, a tie's speed is luck: so among ties of
-    about the same size the least drop wins. What is much smaller wins before that, since every drop here is one that the goal
-    allows.
+    about the same size the least drop wins, and the largest gain among drops that are not surely larger. What is much
+    smaller wins before that, since every drop here is one that the goal allows.
     """
     able = [m for m in found if m.verdict == "met" and improves(m, goal, original)]
     if not able:
@@ -57,7 +57,10 @@ def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured 
     top = max(able, key=lambda m: gain_of(m, goal, original))
     ties = [m for m in able if _ties(m, top, goal, original)]
     first = max(ties, key=lambda m: m.speedup * original.bytes / m.bytes)
-    return min((m for m in ties if m.bytes <= first.bytes * NOISE), key=lambda m: m.drop)
+    alike = [m for m in ties if m.bytes <= first.bytes * NOISE]
+    least = min(m.drop for m in alike)
+    closest = [m for m in alike if (m.drop_interval.low if m.drop_interval else m.drop) <= least]
+    return max(closest, key=lambda m: gain_of(m, goal, original))
 
 
 def _ties(candidate: Measured, top: Measured, goal: Goal, original: Measured) -> bool:
