@@ -25,10 +25,10 @@ def names(model: nn.Module, example: torch.Tensor, goal: Goal) -> list[str]:
     return [family.name for family in families(model.eval(), analyse(model.eval(), [example]).sites, goal)]
 
 
-def test_the_first_family_leaves_the_model_alone() -> None:
+def test_the_first_family_only_folds_norms() -> None:
     model = nn.Linear(32, 4)
     found = families(model, analyse(model, [torch.ones(1, 32)]).sites, Goal())
-    assert (found[0].name, found[0].plan(FOLDS)) == ("float32", Plan())
+    assert (found[0].name, found[0].plan(FOLDS), found[0].plan(())) == ("float32", Plan(tuple(FOLDS)), Plan())
     assert len({family.name for family in found}) == len(found)
     assert all(family.steps for family in found[1:])
 

@@ -66,6 +66,8 @@ def test_among_speeds_that_timing_cannot_tell_apart_the_least_drop_wins() -> Non
     assert choose.best([lossy, close], GOAL, ORIGINAL) is close
     unsure = dataclasses.replace(lossy, drop_interval=Interval(-0.001, 0.009))
     assert choose.best([unsure, close], GOAL, ORIGINAL) is unsure
+    beaten = dataclasses.replace(unsure, speedup=2.95, drop=0.005)
+    assert choose.best([lossy, beaten, close], GOAL, ORIGINAL) is close
     sure = dataclasses.replace(close, speedup_interval=Interval(2.7, 2.79))
     assert choose.best([lossy, sure], GOAL, ORIGINAL) is lossy
     slower = dataclasses.replace(close, speedup=2.8)

@@ -57,7 +57,7 @@ def best(found: Sequence[Measured], goal: Goal, original: Measured) -> Measured 
     top = max(able, key=lambda m: gain_of(m, goal, original))
     ties = [m for m in able if _ties(m, top, goal, original)]
     first = max(ties, key=lambda m: m.speedup * original.bytes / m.bytes)
-    alike = [m for m in ties if m.bytes <= first.bytes * NOISE]
+    alike = front([m for m in ties if m.bytes <= first.bytes * NOISE], goal, original)
     least = min(m.drop for m in alike)
     closest = [m for m in alike if (m.drop_interval.low if m.drop_interval else m.drop) <= least]
     return max(closest, key=lambda m: gain_of(m, goal, original))
