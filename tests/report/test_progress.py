@@ -8,7 +8,7 @@ import pytest
 from rich.cells import cell_len
 
 from flyweight.report import progress
-from flyweight.report.terminal import Progress
+from flyweight.report.progress import Progress
 
 
 class Clock:

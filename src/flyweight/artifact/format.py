@@ -72,29 +72,15 @@ from flyweight.artifact.manifest import (
     ONNX,
     PACKED,
     WEIGHTS,
-    Manifest,
     StoredFile,
     StoredTensor,
-    TensorSpec,
     decode,
     encode,
 )
+from flyweight.artifact.manifest import Manifest as Manifest
+from flyweight.artifact.manifest import TensorSpec as TensorSpec
 from flyweight.errors import ArtifactError, UsageError
 from flyweight.runtimes._files import BESIDE, MODEL
-
-__all__ = [
-    "Artifact",
-    "Manifest",
-    "StoredFile",
-    "StoredTensor",
-    "TensorSpec",
-    "check_replaceable",
-    "read",
-    "runnable",
-    "tensors",
-    "write",
-]
-
 
 _HEADERS: Mapping[str, _weights.Header] = MappingProxyType(
     {

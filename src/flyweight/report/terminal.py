@@ -12,9 +12,6 @@ from rich.text import Text
 
 from flyweight.records import Interval, Result
 from flyweight.report import _view, _words
-from flyweight.report.progress import Progress
-
-__all__ = ["Progress", "show", "table"]
 
 WIDTH = 80
 ALTERNATIVES = 8

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from flyweight import transforms
 from flyweight.analysis.calls import OPERATIONS, Functions, operands, unfused
-from flyweight.errors import ModelError, first_line
+from flyweight.errors import ModelError, first_line, foreign
 from flyweight.inputs.check import run
 from flyweight.records import Batch, canonical
 from flyweight.runtimes import _attention, _pools, _repeated, _structure
@@ -190,24 +190,25 @@ def _export(
     twin: nn.Module, examples: Sequence[Batch], template: Any, equal: _repeated.Equal | None
 ) -> Skeleton:
     """The model's graph: with blocks that are equal exported once if there are any, then whole, then of fixed shape."""
+    rule = "the model must be exportable to ONNX to run here"
+    way_out = "use --runtime torch, or remove what the message names from forward"
     sample, free = _example(examples)
-    reasons = []
+    failed = []
     fixed: list[dict[int, Any]] = [{} for _ in free]
     ways = [(sample, free, equal)] if equal is not None else []
     for batch, dims, once in [*ways, (sample, free, None), (examples[0], fixed, None)]:
         whole = functools.partial(_whole, batch=batch, dims=dims)
         try:
-            proto = whole(twin) if once is None else _repeated.export(twin, once, DOMAIN, whole, _program)
-            return _skeleton(proto, batch, template)
-        except ModelError:
-            raise
-        except Exception as error:  # the exporter raises whatever the user's own forward provokes
-            reasons.append(first_line(error.__cause__ or error))
-    raise ModelError(
-        "the model must be exportable to ONNX to run here",
-        got=reasons[-1],
-        way_out="use --runtime torch, or remove what the message names from forward",
-    )
+            with foreign(_Failed, rule, way_out=way_out, quoted=lambda e: first_line(e.__cause__ or e)):
+                proto = whole(twin) if once is None else _repeated.export(twin, once, DOMAIN, whole, _program)
+                return _skeleton(proto, batch, template)
+        except _Failed as error:
+            failed.append(error)
+    raise failed[-1]
+
+
+class _Failed(ModelError):
+    """The exporter fell over a model's own forward; another way may do."""
 
 
 def _whole(twin: nn.Module, batch: Batch, dims: Sequence[dict[int, Any]]) -> Any:
