@@ -120,6 +120,7 @@ class Run:
             for name in set(names) - set(runtimes)
         ]
         if recipe is None:
+            self.told.stage("learning how much layers count, to choose what to try")
             found = families(model, self.session.analysis.sites, self.goal, self.bench.context)
         else:
             plan, notes = self.session.completed(recipe)

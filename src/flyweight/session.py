@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from flyweight import discover, transforms
-from flyweight.analysis import fisher, gram
+from flyweight.analysis import fisher, gram, lookups
 from flyweight.analysis.machine import cores
 from flyweight.analysis.sites import Analysis, analyse
 from flyweight.analysis.trace import trace
@@ -197,7 +197,18 @@ def _context(model: nn.Module, analysis: Analysis, task: Task, seed: int) -> tra
     paths = [site.name for site in analysis.sites]
     grams = gram.lazily(model, paths, task.examples)
     rows = fisher.lazily(model, paths, task.examples[:FISHER], seed=seed)
-    return transforms.Context(analysis.statistics, grams, rows=rows, examples=task.examples)
+    looked_up = [site.name for site in analysis.sites if site.kind == "embedding"]
+    tables = lookups.lazily(model, looked_up, task.examples, seed=seed)
+
+    def gram_of(site: str) -> torch.Tensor | None:
+        table = tables(site)
+        return grams(site) if table is None else table.gram
+
+    def rows_of(site: str) -> torch.Tensor | None:
+        table = tables(site)
+        return rows(site) if table is None else table.counts
+
+    return transforms.Context(analysis.statistics, gram_of, rows=rows_of, examples=task.examples)
 
 
 def _remarks(model: nn.Module, analysis: Analysis) -> list[str]:

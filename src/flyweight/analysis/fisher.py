@@ -48,13 +48,14 @@ def fisher(
     if not len(examples):
         raise DataError("there must be examples to learn what a layer's outputs count", got="none")
     random = torch.Generator().manual_seed(seed)
-    weights, vocabularies = site_weights(model, sites), _vocabularies(model)
+    weights, vocabularies = site_weights(model, sites), vocabularies_of(model)
     sums: dict[str, torch.Tensor] = {}
     predictions = 0
-    with _differentiable(model, weights):
+    with differentiable(model, weights):
         for index in range(len(examples)):
-            edges, output = _forward(model, weights, examples, index)
-            asked, slopes, count = _answer(output, vocabularies, random)
+            edges: list[_Edge] = []
+            output = forward(model, weights, examples, index, functools.partial(_note, edges))
+            asked, slopes, count = answer(output, vocabularies, random)
             predictions += count
             for path, square in _squares(edges, asked, slopes).items():
                 sums[path] = sums[path] + square if path in sums else square
@@ -72,7 +73,7 @@ def lazily(
 
 
 @contextlib.contextmanager
-def _differentiable(model: nn.Module, weights: Mapping[int, str]) -> Iterator[None]:
+def differentiable(model: nn.Module, weights: Mapping[int, str]) -> Iterator[None]:
     """The model in eval mode, with slopes through the sites alone; modes, flags and PyTorch's own state come back."""
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -94,35 +95,39 @@ _Edge = tuple[str, GradientEdge, int]
 """A site, where the slope of an output of it arrives, and which dimension of that output is O."""
 
 
-def _forward(
-    model: nn.Module, weights: Mapping[int, str], examples: Sequence[Batch], index: int
-) -> tuple[list[_Edge], Any]:
-    """Run one example: the sites' outputs, as places in the graph, and the model's own."""
-    edges: list[_Edge] = []
+def _note(edges: list[_Edge], path: str, call: Call) -> None:
+    """Keep the output of a product, as a place in the graph: the model may change the tensor in place afterwards."""
+    if call.kind != "embedding" and call.output.requires_grad:
+        channels = call.output.ndim - call.weight.ndim + 1 if call.kind == "conv" else call.output.ndim - 1
+        edges.append((path, get_gradient_edge(call.output), channels))
 
-    def note(path: str, call: Call) -> None:
-        if call.kind != "embedding" and call.output.requires_grad:
-            # an edge, not the tensor: the model may change that in place afterwards
-            channels = (
-                call.output.ndim - call.weight.ndim + 1 if call.kind == "conv" else call.output.ndim - 1
-            )
-            edges.append((path, get_gradient_edge(call.output), channels))
 
+def forward(
+    model: nn.Module,
+    weights: Mapping[int, str],
+    examples: Sequence[Batch],
+    index: int,
+    note: Callable[[str, Call], None],
+) -> Any:
+    """The model's output on one example, with gradients; each use of a weight is told to `note` with its path.
+
+    Raises DataError when the model refuses the example.
+    """
     batch = examples[index]
     where = f"examples[{index}], {shape(batch)}"
     with (
         foreign(DataError, "the model must accept every example, with gradients", where=where),
         Watch(weights, note, lambda path, function: None),
     ):
-        return edges, call(model, batch)
+        return call(model, batch)
 
 
-def _vocabularies(model: nn.Module) -> set[int]:
+def vocabularies_of(model: nn.Module) -> set[int]:
     """How many rows the model's embeddings have."""
     return {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
 
 
-def _answer(
+def answer(
     output: Any, vocabularies: Collection[int], random: torch.Generator
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
     """Outputs, the slope of a drawn answer's log-likelihood by each, and the number of predictions.

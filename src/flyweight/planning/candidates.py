@@ -91,7 +91,8 @@ def families(
     stored = _steps(model, sites, "weight_only", {})
     found = [Family(_ORIGINAL), Family("int8 weights", stored)]
     if goal.minimize == "size":
-        found += _entropy(model, sites, stored, goal.max_drop or LOSS)
+        known = [s for s in sites if s.kind != "embedding" or _seen(context, s)]
+        found += _entropy(model, (sites, known), stored, goal.max_drop or LOSS)
     if goal.minimize != "latency":
         low = _low_bit(model, sites, stored)
         found += low
@@ -152,22 +153,32 @@ def _blocks(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step])
 
 
 def _entropy(
-    model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step], loss: float
+    model: nn.Module,
+    given: tuple[Sequence[Site], Sequence[Site]],
+    stored: Mapping[str, Step],
+    loss: float,
 ) -> list[Family]:
     """Integers that a Huffman coder packs, all layers on one water level, which the search then fits to the bound.
 
-    It begins with a loss as large as the drop that is allowed: where the score is a likelihood, that is the drop.
+    given: all sites, and those of which it is known what their entries count. It begins with a loss as large as the drop
+    that is allowed: where the score is a likelihood, that is the drop.
     """
-    weights = sum(model.get_submodule(s.name).get_parameter("weight").numel() for s in sites if s.macs) or 1
+    sites, known = given
+    weights = sum(model.get_submodule(s.name).get_parameter("weight").numel() for s in known) or 1
     level = float(f"{math.sqrt(24 * loss / weights):.3g}")  # an entry adds about level^2 / 24
     steps = dict(stored) | _steps(model, sites, "weight_only", {"code": "entropy", "step": 0.25})
     fed: dict[str, JSON] = {"code": "entropy", "rounding": "waterfilling", "level": level}
-    steps |= _steps(model, sites, "weight_only", fed)
+    steps |= _steps(model, known, "weight_only", fed)
     if steps == stored:
         return []
-    at = functools.partial(_entropy, model, sites, stored)
+    at = functools.partial(_entropy, model, given, stored)
     name = f"Huffman-coded weights, loss {loss:.2g}"
     return [Family(name, steps, stored, loss=loss, at=lambda other: at(other)[0])]
+
+
+def _seen(context: Context | None, site: Site) -> bool:
+    """Whether it is known what a table's entries count."""
+    return context is not None and context.gram(site.name) is not None and context.rows(site.name) is not None
 
 
 def _scaled(

@@ -40,6 +40,8 @@ from flyweight.roundings.error_feedback import fed, target_of
 NEEDS = "gram"
 WHOLE = True
 """It takes layers whose output channels all read the same inputs: there is one factor for a column."""
+TABLES = True
+"""It takes embeddings too, by what their lookups count."""
 ROWS = True
 """It has use for Seen.rows."""
 

@@ -28,7 +28,7 @@ from flyweight.transforms._quantized import QuantizedLayer, is_transposed, rows
 
 _CODE, _ROUNDING = "integer", "nearest"
 _LEAST = 1.0
-"""Shares of the mean importance added to each row of a tied weight: of rare words the examples tell too little."""
+"""Shares of the mean importance added to each row that is looked up: of rare words the examples tell too little."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +96,10 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None."""
     if isinstance(module, QuantizedLayer):
         return "it is quantized already"
-    if site.kind == "embedding" and _needs(options) != "nothing":
+    rounding = discover.method("roundings", options.rounding)
+    if site.kind == "embedding" and _needs(options) != "nothing" and not hasattr(rounding, "TABLES"):
         return f"embeddings have no inputs that {options.rounding} could learn from; round to nearest"
-    whole = getattr(discover.method("roundings", options.rounding), "WHOLE", False)
-    if whole and getattr(module, "groups", 1) != 1:
+    if getattr(rounding, "WHOLE", False) and getattr(module, "groups", 1) != 1:
         return f"{options.rounding} takes layers whose output channels all read the same inputs"
     reason: str | None = _code(options).refuse(*rows(module, site.kind).shape, options.coding)
     return reason
@@ -180,9 +180,17 @@ def _seen(site: Site, context: Context, energy: torch.Tensor | None, options: Op
 
 
 def _importance(site: Site, context: Context) -> torch.Tensor | None:
-    """What each output channel counts, (O,), or None; rows that are looked up too count at least as the mean row does."""
+    """What each output channel counts, (O,), or None; rows that are looked up count at least as the mean row does.
+
+    A table's are powers of 4, so that its rows have few different scales, which a Huffman coder makes next to nothing.
+    """
     counts = context.rows(site.name)
-    return counts if counts is None or not site.tied else counts + _LEAST * counts.mean()
+    if counts is None or (not site.tied and site.kind != "embedding"):
+        return counts
+    counts = counts + _LEAST * counts.mean()
+    if site.kind == "embedding" and bool(counts.any()):
+        counts = 4.0 ** (counts.log2() / 2).round()
+    return counts
 
 
 def _parts(matrix: torch.Tensor) -> Sequence[torch.Tensor]:
