@@ -16,7 +16,15 @@ from flyweight.testing.conformance import check_code, failures
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MOST = {"integer": (1, 3, 6), "palette": (5,), "low_float": (1, 3, 4), "ternary": (0, 2), "entropy": (1, 3)}
+MOST = {
+    "integer": (1, 3, 6),
+    "palette": (5,),
+    "low_float": (1, 3, 4),
+    "ternary": (0, 2),
+    "entropy": (1, 3),
+    "iq4_nl": (0,),
+    "super_block": (0, 2, 3),
+}
 """Levels that are different enough from each other."""
 
 

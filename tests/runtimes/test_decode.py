@@ -8,10 +8,16 @@ from typing import Any
 import pytest
 import torch
 from runtimes import nets
+from torch import nn
 
-from flyweight import discover
+from flyweight import discover, transforms
+from flyweight.analysis.sites import analyse
+from flyweight.codes import super_block
 from flyweight.inputs.check import run
+from flyweight.records import Plan, Step
+from flyweight.runtimes._files import WEIGHTS
 from flyweight.runtimes._structure import leaves
+from flyweight.transforms import Context
 
 CODES: list[dict[str, Any]] = [
     {},
@@ -25,9 +31,16 @@ CODES: list[dict[str, Any]] = [
     {"code": "entropy", "step": 0.05},
     {"code": "entropy", "step": 0.05, "scale": "float32"},
 ]
+BLOCKS: list[dict[str, Any]] = [
+    {"code": "iq4_nl"},
+    *({"code": "super_block", "bits": bits, "uneven": uneven} for bits, uneven in super_block.FORMS),
+]
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+RUNTIMES = pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+
+
+@RUNTIMES
 @pytest.mark.parametrize("given", CODES, ids=str)
 def test_layers_of_all_kinds(runtime: str, given: dict[str, Any], tmp_path: Path) -> None:
     reason = discover.method("runtimes", runtime).available()
@@ -44,3 +57,20 @@ def test_layers_of_all_kinds(runtime: str, given: dict[str, Any], tmp_path: Path
             wanted, found = (leaves(output)[0] for output in (run(changed, batch), predict(batch)))
             assert torch.isfinite(found).all()
             assert nets.gap(wanted, found) < 1e-4
+
+
+@RUNTIMES
+def test_blocks_of_llama_cpp(runtime: str, tmp_path: Path) -> None:
+    reason = discover.method("runtimes", runtime).available()
+    if reason:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(*(nn.Linear(256, 256) for _ in BLOCKS)).eval(), torch.randn(3, 256)
+    analysis = analyse(model, [batch])
+    plan = Plan(tuple(Step("weight_only", str(at), given) for at, given in enumerate(BLOCKS)))
+    changed = transforms.apply(model, plan, analysis.sites, Context(analysis.statistics))
+    predict = nets.prepared(runtime, changed, [batch], tmp_path)
+    assert nets.gap(run(changed, batch), predict(batch)) < 1e-4
+    size = next(file.stat().st_size for file in predict.files if file.name == WEIGHTS)
+    bits = sum(4 if given.get("bits", 4) <= 4 else 8 for given in BLOCKS)
+    assert size < 256 * 256 * (bits + len(BLOCKS)) / 8

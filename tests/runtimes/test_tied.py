@@ -40,7 +40,9 @@ CODES: tuple[dict[str, Any], ...] = (
     {"code": "ternary", "group": 16},
     {"code": "entropy"},
     {"code": "entropy", "rounding": "waterfilling", "level": 0.02},
+    {"code": "iq4_nl"},
 )
+SUPER: tuple[dict[str, Any], ...] = ({"code": "super_block"}, {"code": "super_block", "uneven": True})
 
 
 @functools.cache
@@ -74,12 +76,14 @@ def unpacked(predictor: Predictor) -> Path:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-@pytest.mark.parametrize("width", [32, 17])
-def test_every_code_of_a_tied_weight_runs_as_in_pytorch(runtime: str, width: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("width", "codes"), [(32, CODES), (17, CODES), (256, SUPER)])
+def test_every_code_of_a_tied_weight_runs_as_in_pytorch(
+    runtime: str, width: int, codes: tuple[dict[str, Any], ...], tmp_path: Path
+) -> None:
     require(runtime)
     model = talker(width)
     site = next(site for site in analyse(model, examples()[:1]).sites if site.tied)
-    for index, options in enumerate(CODES):
+    for index, options in enumerate(codes):
         read = weight_only.read(options, "")
         if weight_only.refuse(site, read, model.head) is not None:
             continue

@@ -21,7 +21,7 @@ DataError for an energy of another length, negative or not finite, and UsageErro
 ArtifactError for tensors of another name, shape or type.
 
 Inputs without any energy count like all others where a whole group of them shares a scale. A group, channel or tensor of
-zeros gets scale 1, and decodes to exact zeros, as does a channel of zeros among others.
+zeros decodes to exact zeros, as does a channel of zeros among others; where no level is 0 its scale is 0, and nowhere else.
 """
 
 from __future__ import annotations

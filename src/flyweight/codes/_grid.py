@@ -13,24 +13,29 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """Every entry is an integer in [low, high], for (level - zero) * scale * column; a table may hold the levels."""
+    """Every entry is an integer in [low, high], for (level - zero) * scale * column + offset; a table may hold the levels."""
 
     low: int
     high: int
     group: int
     """Inputs that share a scale: I / G."""
-    scales: torch.Tensor  # (O, G) float32, not 0; some are below 0 where low < -high, see codes/integer.py
+    scales: (
+        torch.Tensor
+    )  # (O, G) float32; below 0 too where low < -high; 0 only for zeros where no level is 0
     zeros: torch.Tensor | None = None  # (O, G) float32; None: 0
     table: torch.Tensor | None = None  # (P, high - low + 1) float32, ascending; None: the integers themselves
     columns: torch.Tensor | None = None  # (I,) float32, above 0: a further factor of each input; None: 1
+    offsets: torch.Tensor | None = None  # (O, G) float32, added last; None: 0
+    fixed: bool = False
+    """Whether scales and offsets are stored as multiples of others, so that a rounding must leave them as they are."""
 
     def nearest(self, weight: torch.Tensor, start: int = 0) -> torch.Tensor:
         """The int16 integers whose values are nearest to the columns start, start + 1, ... of a weight (O, n).
 
         Halves go to the even integer, in a table to the lower one.
         """
-        scales, zeros = self._columns(start, weight.shape[1])
-        levels = weight.float() / scales
+        scales, zeros, offsets = self._columns(start, weight.shape[1])
+        levels = (weight.float() if offsets is None else weight.float() - offsets) / scales
         if self.columns is not None:
             levels = levels / self.columns[start : start + weight.shape[1]]
         if zeros is not None:
@@ -43,16 +48,21 @@ class Grid:
 
     def values(self, integers: torch.Tensor, start: int = 0) -> torch.Tensor:
         """The float32 values (O, n) that integers in the columns start, start + 1, ... stand for."""
-        scales, zeros = self._columns(start, integers.shape[1])
+        scales, zeros, offsets = self._columns(start, integers.shape[1])
         if self.table is None:
             levels = integers.float()
         else:
             index = (integers.long() - self.low).reshape(len(self.table), -1)
             levels = self.table.gather(1, index).reshape(integers.shape)
         found = (levels if zeros is None else levels - zeros) * scales
-        return found if self.columns is None else found * self.columns[start : start + integers.shape[1]]
+        if self.columns is not None:
+            found = found * self.columns[start : start + integers.shape[1]]
+        return found if offsets is None else found + offsets
 
-    def _columns(self, start: int, count: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scales and zeros of the columns, (O, count)."""
+    def _columns(
+        self, start: int, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Scales, zeros and offsets of the columns, (O, count)."""
         which = torch.arange(start, start + count) // self.group
-        return self.scales[:, which], None if self.zeros is None else self.zeros[:, which]
+        zeros, offsets = (None if one is None else one[:, which] for one in (self.zeros, self.offsets))
+        return self.scales[:, which], zeros, offsets

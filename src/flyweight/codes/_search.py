@@ -63,6 +63,23 @@ def least_squares(
     return found
 
 
+NEAR = (1.0, 0.97, 0.985, 1.015, 1.03)
+"""Scales beside one that was found."""
+
+
+def searched(
+    groups: torch.Tensor,
+    counts: torch.Tensor | None,
+    covering: torch.Tensor,
+    factors: Sequence[float],
+    level: Level,
+) -> tuple[Scaling, Scaling]:
+    """Two scalings with little error, one after the other fitted: from scales (A, G) times factors, then times those near."""
+    coarse = least_squares(groups, counts, [Scaling(covering * f) for f in factors], level)
+    fine = least_squares(groups, counts, [Scaling(coarse.scales * f) for f in NEAR], level)
+    return fine, least_squares(groups, counts, [fine], level)
+
+
 def _refitted(
     groups: torch.Tensor,
     weighted: torch.Tensor,

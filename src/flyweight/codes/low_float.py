@@ -16,7 +16,7 @@ import torch
 from flyweight.codes import _packing, _stored, _weights
 from flyweight.codes._grid import Grid
 from flyweight.codes._options import require_group, require_one_of
-from flyweight.codes._search import Level, Scaling, best, least_squares, usable
+from flyweight.codes._search import Level, Scaling, best, searched, usable
 
 
 @dataclass(frozen=True)
@@ -162,13 +162,6 @@ def _rounding(form: _Format, peak: float) -> Level:
     return level
 
 
-_NEAR = torch.tensor([1.0, 0.97, 0.985, 1.015, 1.03])
-
-
-def _scaled(scales: torch.Tensor, factors: torch.Tensor) -> list[Scaling]:
-    return [Scaling(scales * f) for f in factors.tolist()]
-
-
 def _fit(
     groups: torch.Tensor, counts: torch.Tensor | None, level: Level, peak: float, options: Options
 ) -> torch.Tensor:
@@ -183,7 +176,6 @@ def _fit(
     scales = [covering]
     if options.range == "mse":
         # beyond 1 as well: the spacing is uneven, and the largest entries may lie better on smaller numbers
-        coarse = least_squares(groups, counts, _scaled(covering, torch.linspace(1.5, 0.5, 21)), level)
-        fine = least_squares(groups, counts, _scaled(coarse.scales, _NEAR), level)
-        scales += [fine.scales, least_squares(groups, counts, [fine], level).scales]
+        factors = torch.linspace(1.5, 0.5, 21).tolist()
+        scales += [one.scales for one in searched(groups, counts, covering, factors, level)]
     return best(groups, counts, [Scaling(_stored.kept(one, options.scale)) for one in scales], level).scales

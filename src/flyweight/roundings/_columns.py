@@ -16,16 +16,17 @@ class Columns:
     grid: Grid
     scales: torch.Tensor  # (G, O)
     zeros: torch.Tensor | None  # (G, O)
+    offsets: torch.Tensor | None  # (G, O)
     middles: torch.Tensor | None  # (P, high - low) between neighbours in the table
     factors: list[float] | None  # of each column
 
 
 def columns(grid: Grid) -> Columns:
     """The grid prepared for `nearest_column`."""
-    zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
+    zeros, offsets = (None if one is None else one.T.contiguous() for one in (grid.zeros, grid.offsets))
     middles = None if grid.table is None else (grid.table[:, 1:] + grid.table[:, :-1]) / 2
     factors = None if grid.columns is None else grid.columns.tolist()
-    return Columns(grid, grid.scales.T.contiguous(), zeros, middles, factors)
+    return Columns(grid, grid.scales.T.contiguous(), zeros, offsets, middles, factors)
 
 
 def nearest_column(on: Columns, wish: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,7 +36,7 @@ def nearest_column(on: Columns, wish: torch.Tensor, column: int) -> tuple[torch.
     """
     group = column // on.grid.group
     scales, zeros = on.scales[group], None if on.zeros is None else on.zeros[group]
-    levels = wish / scales
+    levels = (wish if on.offsets is None else wish - on.offsets[group]) / scales
     if on.factors is not None:
         levels = levels / on.factors[column]
     if zeros is not None:
@@ -51,4 +52,6 @@ def nearest_column(on: Columns, wish: torch.Tensor, column: int) -> tuple[torch.
 
 def _scaled(on: Columns, levels: torch.Tensor, scales: torch.Tensor, column: int) -> torch.Tensor:
     found = levels * scales
-    return found if on.factors is None else found * on.factors[column]
+    if on.factors is not None:
+        found = found * on.factors[column]
+    return found if on.offsets is None else found + on.offsets[column // on.grid.group]

@@ -57,5 +57,5 @@ def rows_of(grid: Grid, rows: slice) -> Grid:
     table = grid.table
     if table is not None and len(table) > 1:
         table = table.repeat_interleave(len(grid.scales) // len(table), 0)[rows]
-    zeros = None if grid.zeros is None else grid.zeros[rows]
-    return dataclasses.replace(grid, scales=grid.scales[rows], zeros=zeros, table=table)
+    zeros, offsets = (None if one is None else one[rows] for one in (grid.zeros, grid.offsets))
+    return dataclasses.replace(grid, scales=grid.scales[rows], zeros=zeros, offsets=offsets, table=table)

@@ -18,10 +18,10 @@ _ROOM = 1 << 24
 
 
 def free_scales(grid: Grid) -> bool:
-    """Whether scales may change one by one: not when all are one shared number, nor when all are powers of two."""
+    """Whether scales may change one by one: not when the grid is fixed, all are one number, or all are powers of two."""
     shared = grid.scales.numel() > 1 and bool((grid.scales == grid.scales[0, 0]).all())
     powers = bool((torch.frexp(grid.scales).mantissa.abs() == 0.5).all())
-    return not (shared or powers)
+    return not (grid.fixed or shared or powers)
 
 
 def storable(scales: torch.Tensor, before: torch.Tensor) -> torch.Tensor:

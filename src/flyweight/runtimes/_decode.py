@@ -1,4 +1,4 @@
-"""Nodes that decode a stored weight: evenly spaced integers by DequantizeLinear, tables by Gather.
+"""Nodes that decode a stored weight: evenly spaced integers by DequantizeLinear, tables by Gather, super-blocks by products.
 
 Everything here reads constants alone, so a runtime may compute it once, when it loads the graph. Integers lie in the smallest
 element type that holds them, of 4 or 8 bits. Factors of inputs come last. Shapes: a weight is (O, I) with G scales a channel;
@@ -13,6 +13,7 @@ import onnx
 import torch
 
 from flyweight.codes import Grid
+from flyweight.codes._packing import unpack
 from flyweight.runtimes._layout import TRANSPOSED, as_stored
 from flyweight.runtimes._lowered import KINDS, Lowered
 from flyweight.transforms import QuantizedLayer
@@ -27,14 +28,15 @@ def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -
     if name in low.dynamic:
         return name
     low.dynamic.add(name)
-    plain = grid.table is None and (turned or grid.scales.shape[1] == 1)
+    even = grid.table is None and not grid.fixed
+    plain = even and (turned or grid.scales.shape[1] == 1)
     made = name if turned or plain else f"{name}.flat"
     scaled = made if grid.columns is None else f"{name}.scaled"
-    if grid.table is None:
+    if even:
         shape = integers.T.shape if turned else module.shape if plain else integers.shape
         _even(low, owner, (integers, grid), scaled, tuple(shape), turned=turned)
     else:
-        _table(low, owner, (integers, grid), scaled, turned=turned)
+        _levels(low, owner, module, scaled, turned=turned)
     if grid.columns is not None:
         form = (module.columns, 1) if turned else (1, *module.shape[1:]) if plain else (1, module.columns)
         low.node("Mul", [scaled, floats(low, f"{owner}factors", tuple(form))], made)
@@ -65,8 +67,11 @@ def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> 
         tail = low.small(f"{y}.groups", torch.tensor([groups, grid.group]))
         inner = low.node("Concat", [low.node("Shape", [ids], f"{y}.ids"), tail], f"{y}.inner", axis=0)
         levels = low.node("Reshape", [levels, inner], f"{y}.grouped")
-    for kind, values, operation in (("zeros", grid.zeros, "Sub"), ("scales", grid.scales, "Mul")):
-        if values is not None and not (kind == "scales" and "scales" not in module.names):
+    scaled = grid.fixed or "scales" in module.names
+    for kind, there, operation in (
+        ("zeros", grid.zeros is not None, "Sub"), ("scales", scaled, "Mul"), ("lifts", grid.offsets is not None, "Sub")
+    ):  # fmt: skip
+        if there:
             levels = low.node(
                 operation, [levels, _per_row(low, owner, module, kind, ids, y, groups)], f"{y}.{kind}d"
             )
@@ -170,34 +175,77 @@ def _even(
     low.node("DequantizeLinear", inputs, name, **attributes)
 
 
-def _table(low: Lowered, owner: str, encoded: tuple[torch.Tensor, Grid], name: str, *, turned: bool) -> None:
-    """Gather from the table, times the scales."""
-    integers, grid = encoded
-    index = _stored(low, f"{owner}integers", integers - grid.low, _kind(low, owner, grid), turned=turned)
-    index = low.node("Cast", [index], f"{name}.index", to=onnx.TensorProto.INT32)
-    table, outputs, groups = _table_values(low, owner, grid), len(integers), grid.scales.shape[1]
-    if grid.table is not None and len(grid.table) > 1:
-        starts = _starts(grid).reshape((1, -1) if turned else (-1, 1))
-        index = low.node("Add", [index, low.small(f"{name}.starts", starts)], f"{name}.places")
-    if f"{owner}scales" not in low.weights:
-        low.node("Gather", [table, index], name)
+def _levels(low: Lowered, owner: str, module: QuantizedLayer, name: str, *, turned: bool) -> None:
+    """Levels, from a table or as integers, times the scales, less what lifts say."""
+    integers, grid = module.encoded()
+    start = 0 if grid.table is None else grid.low
+    index = _stored(low, f"{owner}integers", integers - start, _kind(low, owner, grid), turned=turned)
+    outputs, groups = len(integers), grid.scales.shape[1]
+    bare = not grid.fixed and f"{owner}scales" not in low.weights
+    levels = name if bare else f"{name}.levels"
+    if grid.table is None:
+        low.node("Cast", [index], levels, to=onnx.TensorProto.FLOAT)
+    else:
+        index = low.node("Cast", [index], f"{name}.index", to=onnx.TensorProto.INT32)
+        if len(grid.table) > 1:
+            starts = _starts(grid).reshape((1, -1) if turned else (-1, 1))
+            index = low.node("Add", [index, low.small(f"{name}.starts", starts)], f"{name}.places")
+        low.node("Gather", [_table_values(low, owner, grid), index], levels)
+    if bare:
         return
-    levels = low.node("Gather", [table, index], f"{name}.levels")
-    if groups == 1:
+    if groups == 1 and not grid.fixed:
         form: tuple[int, ...] = (1, outputs) if turned else (outputs, 1)
         one = low.weights[f"{owner}scales"].numel() == 1
         low.node("Mul", [levels, floats(low, f"{owner}scales", () if one else form)], name)
         return
     inner = (groups, grid.group, outputs) if turned else (outputs, groups, grid.group)
     form = (groups, 1, outputs) if turned else (outputs, groups, 1)
-    if turned:
-        _turn(low, f"{owner}scales")
-    grouped = low.node(
-        "Reshape", [levels, low.small(f"{name}.inner", torch.tensor(inner))], f"{name}.grouped"
-    )
-    scaled = low.node("Mul", [grouped, floats(low, f"{owner}scales", form)], f"{name}.scaled")
+    found = low.node("Reshape", [levels, low.small(f"{name}.inner", torch.tensor(inner))], f"{name}.grouped")
+    for kind, there, operation in (("scales", True, "Mul"), ("lifts", grid.offsets is not None, "Sub")):
+        if there:
+            found = low.node(
+                operation, [found, _each(low, owner, grid, kind, form, turned)], f"{name}.{kind}"
+            )
     whole = tuple(integers.T.shape) if turned else tuple(integers.shape)
-    low.node("Reshape", [scaled, low.small(f"{name}.whole", torch.tensor(whole))], name)
+    low.node("Reshape", [found, low.small(f"{name}.whole", torch.tensor(whole))], name)
+
+
+def _each(low: Lowered, owner: str, grid: Grid, kind: str, form: tuple[int, ...], turned: bool) -> str:
+    """Scales, or what lifts say, one for each group, in a form."""
+    if not grid.fixed:
+        if turned:
+            _turn(low, f"{owner}{kind}")
+        return floats(low, f"{owner}{kind}", form)
+    found = _products(low, owner, grid, kind)
+    name = f"{found}.{'columns' if turned else 'rows'}"
+    if name not in low.dynamic:
+        low.dynamic.add(name)
+        found = low.turned(found) if turned else found
+        low.node("Reshape", [found, low.small(f"{name}.form", torch.tensor(form))], name)
+    return name
+
+
+def _products(low: Lowered, owner: str, grid: Grid, kind: str) -> str:
+    """Nodes for the scales of super-blocks, or what lifts say, (O, G); returns their name."""
+    small, large = ("multiples", "supers") if kind == "scales" else ("lifts", "floors")
+    name, key = f"{owner}{kind}.products", f"{owner}{small}"
+    if name in low.dynamic:
+        return name
+    low.dynamic.add(name)
+    rows, groups = grid.scales.shape
+    signed = grid.offsets is None
+    supers = low.weights[f"{owner}{large}"].shape[1]
+    if key not in low.layouts:
+        bits = low.weights[key].shape[1] * 8 // groups
+        multiples = unpack(low.weights[key], bits, groups, signed=signed)
+        low.weights[key], low.layouts[key] = as_stored(multiples, "int8" if signed else "uint8", turned=False)
+    forms = (rows, supers, groups // supers), (rows, supers, 1)
+    stored = low.stored(key, KINDS["int8" if signed else "uint8"], forms[0])
+    each = low.node("Cast", [stored], f"{name}.each", to=onnx.TensorProto.FLOAT)
+    low.node("Mul", [each, floats(low, f"{owner}{large}", forms[1])], f"{name}.all")
+    return low.node(
+        "Reshape", [f"{name}.all", low.small(f"{name}.shape", torch.tensor((rows, groups)))], name
+    )
 
 
 def _table_values(low: Lowered, owner: str, grid: Grid) -> str:
@@ -229,9 +277,11 @@ def _per_row(
         shared = module.stored()["scales"].numel() == 1
         zeros = (grid.zeros[:1] if shared else grid.zeros).to(torch.int16)
         name = _zero_floats(low, key, zeros, _kind(low, owner, grid))
+    elif grid.fixed:
+        name = _products(low, owner, grid, kind)
     else:
         name = floats(low, key, tuple(low.weights[key].shape))
-    if low.weights[key].shape[0] > 1 or module.rows == 1:
+    if grid.fixed or low.weights[key].shape[0] > 1 or module.rows == 1:
         name = low.node("Gather", [name, ids], f"{y}.{kind}")
     if groups == 1:
         return name

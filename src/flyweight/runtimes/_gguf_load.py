@@ -13,8 +13,10 @@ from torch import nn
 
 from flyweight import discover
 from flyweight.errors import ModelError, UsageError, another_model
+from flyweight.runtimes import _gguf_super
 from flyweight.runtimes._gguf import unpack
 from flyweight.runtimes._gguf_model import causal, floats, layers, name_of, order
+from flyweight.runtimes._gguf_super import layout_of
 from flyweight.transforms import QuantizedLayer
 
 
@@ -51,6 +53,9 @@ def _integers(layer: QuantizedLayer, packed: NDArray[Any]) -> dict[str, torch.Te
     """The buffers of a layer; only scales, and minima, were rounded when they were written."""
     if packed.dtype != np.uint8 or packed.ndim != 2 or len(packed) != layer.rows:
         raise another_model(f"{packed.dtype} of shape {packed.shape} for blocks")
+    layout = layout_of(layer.code, layer.options)
+    if layout is not None:
+        return _gguf_super.unpack(layout, packed, layer.columns)
     integers, scales, minima = unpack(packed, layer.columns)
     grid = layer.encoded()[1]
     every = slice(None, None, max(1, scales.shape[1] // grid.scales.shape[1]))

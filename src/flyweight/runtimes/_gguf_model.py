@@ -1,8 +1,8 @@
 """A language model of Hugging Face as the metadata and tensors of a GGUF.
 
 Stored integers go into the smallest of llama.cpp's types that holds them exactly; only their scales are rounded, to half
-precision. Floats are written as F16 where that loses nothing, otherwise as F32. A tied head is not written: llama.cpp
-takes the embedding then.
+precision. What is stored for a block of llama.cpp's own goes there as it is. Floats are written as F16 where that loses
+nothing, otherwise as F32. A tied head is not written: llama.cpp takes the embedding then.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import nn
 from flyweight.errors import ModelError
 from flyweight.runtimes import _gguf
 from flyweight.runtimes._gguf import Tensor, Value
+from flyweight.runtimes._gguf_super import Layout, layout_of, pack
 from flyweight.runtimes._gguf_vocab import no_vocabulary, vocabulary
 from flyweight.transforms import QuantizedLayer
 
@@ -193,6 +194,10 @@ def _floats(name: str, tensor: torch.Tensor, order: NDArray[Any] | None) -> Tens
 def _integers(path: str, layer: QuantizedLayer, order: NDArray[Any] | None) -> Tensor:
     if layer.activations != "float":
         raise ModelError("llama.cpp rounds activations in its own way", got=layer.activations, where=path)
+    layout = layout_of(layer.code, layer.options)
+    if layout is not None:
+        make = functools.partial(_blocks, layout, layer, order)
+        return Tensor(f"{name_of(path)}.weight", layout.type, tuple(layer.shape), make)
     integers, grid = layer.encoded()
     if grid.table is not None or grid.columns is not None:
         raise ModelError("a GGUF holds evenly spaced integers", got=f"the code {layer.code}", where=path)
@@ -203,6 +208,11 @@ def _integers(path: str, layer: QuantizedLayer, order: NDArray[Any] | None) -> T
         raise ModelError("a GGUF must have a type for a layer's integers", got=got, where=path)
     make = functools.partial(_packed, path, layer, kind, order)
     return Tensor(f"{name_of(path)}.weight", kind, tuple(layer.shape), make)
+
+
+def _blocks(layout: Layout, layer: QuantizedLayer, order: NDArray[Any] | None) -> NDArray[Any]:
+    packed = pack(layout, layer.stored(), layer.columns)
+    return packed if order is None else packed[order]
 
 
 def _packed(path: str, layer: QuantizedLayer, kind: _gguf.Type, order: NDArray[Any] | None) -> NDArray[Any]:

@@ -79,6 +79,9 @@ def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor, layout: 
     _, grid = module.encoded()
     name = key.rpartition(".")[2]
     shared = name == "zeros" and module.stored()["scales"].shape[0] < module.rows
+    if name in ("multiples", "lifts"):
+        width = module.stored()[name].shape[1] * 8 // grid.scales.shape[1]
+        return pack(tensor.to(torch.int16).reshape(grid.scales.shape), width)
     shape = (
         (module.rows, module.columns)
         if name == "integers"

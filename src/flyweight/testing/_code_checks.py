@@ -107,16 +107,20 @@ def refusal_truthful(case: CodeCase) -> None:
 
 
 def grid_well_formed(case: CodeCase) -> None:
-    """Scales are finite and not 0, zeros integers of the grid, tables ascending; all have the shapes of the contract."""
+    """Scales are finite and not 0 if a level is, zeros integers of the grid, tables ascending; all have the right shapes."""
     grid, (rows, columns) = case.grid, case.weight.shape
     require(grid.scales.shape == (rows, columns // grid.group), f"scales of shape {tuple(grid.scales.shape)}")
-    require(bool((torch.isfinite(grid.scales) & (grid.scales != 0)).all()), "a scale is 0 or not finite")
+    usable = bool((grid.scales != 0).all()) or (grid.table is not None and bool((grid.table != 0).all()))
+    require(bool(torch.isfinite(grid.scales).all()) and usable, "a scale is 0 or not finite")
     require(grid.low < grid.high, "there is one integer at most")
     if grid.zeros is not None:
         require(grid.zeros.shape == grid.scales.shape, "zeros and scales differ in shape")
         require(
             torch.equal(grid.zeros, grid.zeros.round().clamp(grid.low, grid.high)), "zeros are not integers"
         )
+    if grid.offsets is not None:
+        require(grid.offsets.shape == grid.scales.shape, "offsets and scales differ in shape")
+        require(bool(torch.isfinite(grid.offsets).all()), "an offset is not finite")
     if grid.table is not None:
         require(rows % len(grid.table) == 0, "tables do not divide the channels")
         require(grid.table.shape[1] == grid.high - grid.low + 1, "a table of another length")
@@ -306,7 +310,7 @@ def _reference(case: CodeCase) -> torch.Tensor | None:
 def _require_same(one: Grid, other: Grid) -> None:
     for name in ("low", "high", "group"):
         require(getattr(one, name) == getattr(other, name), f"another {name}")
-    for name in ("scales", "zeros", "table"):
+    for name in ("scales", "zeros", "table", "offsets"):
         a, b = getattr(one, name), getattr(other, name)
         same = a is b if a is None or b is None else a.dtype == b.dtype and torch.equal(a, b)
         require(same, f"other {name}")
