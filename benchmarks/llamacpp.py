@@ -1,51 +1,62 @@
 """GGUF files: our roundings beside llama.cpp's own quantizer, same types, same bytes, run by the same llama.cpp.
 
-    python -m benchmarks.llamacpp [--quick] [--keep FOLDER]
+    python -m benchmarks.llamacpp [--quick] [--only TYPE ...] [--again] [--table]
+    python -m benchmarks.llamacpp --speed                     # on a calm machine, once the files are there
 
-The model is SmolLM2-135M, de-gridded (examples/smollm2.py). llama.cpp's files come from its own `ggml_quantize_chunk`,
-tensor after tensor, in the types that its quantizer takes: the tied embedding in Q8_0, the layers in the type asked for; once
-as it quantizes by itself, and once with an importance matrix from the windows that calibrate ours. All files are read by
-llama.cpp and compared by KL to the original in PyTorch, on held-out windows, in nats a token; by bytes; and by tokens a
-second, all of them and PyTorch in turn.
+The model is SmolLM2-135M, de-gridded (examples/smollm2.py). It is 576 wide, which super-blocks of 256 do not divide; for
+k-quants zeros make it 768 wide, and it computes the same. llama.cpp's files come from its own `ggml_quantize_chunk`, tensor
+after tensor, in the types that its quantizer takes: the tied embedding in Q8_0, the layers in the type asked for; once as it
+quantizes by itself, and once with an importance matrix from the windows that calibrate ours. All files are read by llama.cpp
+and compared by KL to the original in PyTorch, on held-out windows, in nats a token; by bytes; and, by --speed, by tokens a
+second, in turn. What is measured is kept in the results, and measured again only when asked to; files stay in out/llamacpp.
 """
 
 from __future__ import annotations
 
 import argparse
 import ctypes
-import dataclasses
 import functools
+import json
 import logging
-import statistics
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks._results import Row, write
-from flyweight import Task, transforms
+from benchmarks._llamacpp_model import original, padded, smollm2
+from benchmarks._llamacpp_report import report
+from benchmarks._results import FOLDER
+from flyweight import Task, discover, transforms
 from flyweight.analysis import gram
 from flyweight.analysis.machine import cores
 from flyweight.analysis.sites import Analysis, analyse
+from flyweight.artifact.atomic import atomic_write_text
 from flyweight.evaluation import generation, language
-from flyweight.inputs.language_model import language_task
 from flyweight.records import JSON, Plan, Step
 from flyweight.runtimes import _gguf, _llama
-from flyweight.runtimes._gguf_model import causal, contents, save
+from flyweight.runtimes._gguf_model import causal, contents, name_of, save
+from flyweight.runtimes._gguf_super import LAYOUTS
 from flyweight.runtimes.llamacpp import Reader
 from flyweight.runtimes.torch import caller
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+WORK = Path(__file__).parent.parent / "out" / "llamacpp"
 TYPES: Mapping[str, Mapping[str, JSON]] = {
     "Q8_0": {"bits": 8, "group": 32, "scale": "float16"},
     "Q4_1": {"bits": 4, "group": 32, "symmetric": False, "scale": "float16"},
     "Q4_0": {"bits": 4, "group": 32, "full": True, "scale": "float16"},
+    "IQ4_NL": {"code": "iq4_nl"},
+    "Q6_K": {"code": "super_block", "bits": 6},
+    "Q5_K": {"code": "super_block", "bits": 5},
+    "Q4_K": {"code": "super_block", "bits": 4},
+    "IQ4_XS": {"code": "super_block", "bits": 4, "uneven": True},
+    "Q3_K": {"code": "super_block", "bits": 3},
+    "Q2_K": {"code": "super_block", "bits": 2},
 }
 """The options of weight_only that give a type."""
 ROUNDINGS: Mapping[str, Mapping[str, JSON]] = {
@@ -53,98 +64,142 @@ ROUNDINGS: Mapping[str, Mapping[str, JSON]] = {
     "error feedback": {"rounding": "error_feedback", "drift": 0.0},
     "error feedback, drift": {"rounding": "error_feedback", "drift": 0.5},
 }
-BEST = "error feedback, drift"
 PEERS = ("llama.cpp", "llama.cpp, importance")
-KL_AIM, SPEED_AIM = 0.7, 0.97
-PROMPT, WRITTEN = 128, 32
-RESAMPLES = 2000
+PROMPT, WRITTEN, TURNS = 128, 32, 9
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with what was seen of it."""
+
+    task: Task
+    analysis: Analysis
+    context: Any
+    folder: Path
 
 
 def main() -> None:
-    """Make all files, compare them, and write the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer windows and rounds; writes elsewhere")
-    parser.add_argument("--keep", type=Path, help="a folder for the files; without it they go")
-    parser.add_argument("--device", default="cpu", choices=["cpu"])
-    given = parser.parse_args()
+    """Make the files that are missing, compare them, and write the figures."""
+    given = _parser().parse_args()
     start = time.time()
     torch.set_num_threads(cores())
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    task = _task(quick=given.quick)
-    with tempfile.TemporaryDirectory(prefix="flyweight-llamacpp-") as made:
-        files, seconds = _files(task, given.keep or Path(made))
-        readers = {name: Reader.open(file, 512) for name, file in files.items()}
-        losses = _losses(task, readers)
-        speeds = _speeds(task, readers, 3 if given.quick else 9)
-        bytes_ = {name: file.stat().st_size for name, file in files.items()}
-    rows = [row for kind in TYPES for row in _rows(kind, bytes_, losses, speeds)]
-    details = {name: _details(name, bytes_, losses, speeds, seconds) for name in speeds}
-    write("llamacpp", rows, start, quick=given.quick, extra={"details": details})
+    for wide in (False, True):
+        wanted = [kind for kind in given.only or TYPES if (TYPES[kind].get("code") == "super_block") == wide]
+        if wanted and not given.table:
+            _measure(wanted, given, wide=wide)
+    report(read(given.quick), start, quick=given.quick)
 
 
-def _task(*, quick: bool) -> Task:
-    sys.path.insert(0, str(EXAMPLES))
-    import smollm2
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer windows and rounds; writes elsewhere")
+    parser.add_argument("--only", nargs="+", choices=TYPES, metavar="TYPE", help=f"of {', '.join(TYPES)}")
+    parser.add_argument("--by", nargs="+", choices=[*PEERS, *ROUNDINGS], help="these makers alone")
+    parser.add_argument("--again", action="store_true", help="measure what is there already")
+    parser.add_argument(
+        "--speed", action="store_true", help="time the files, on a machine without other work"
+    )
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    parser.add_argument("--device", default="cpu", choices=["cpu"])
+    return parser
 
-    folder = smollm2.prepared()
-    counts = {"calibrating": 16, "judging": 8} if quick else {}
-    return language_task(folder / "model", folder / "speeches.txt", **counts)
+
+def _measure(wanted: Sequence[str], given: argparse.Namespace, *, wide: bool) -> None:
+    """Make and judge the files of some types that are not known yet, and time them all if that is asked for."""
+    case = _case(wide=wide, quick=given.quick)
+    names = [
+        f"{kind}, {maker}"
+        for kind in wanted
+        for maker in _makers(kind)
+        if maker in (given.by or _makers(kind))
+    ]
+    for name in names:
+        known = read(given.quick)
+        if given.again or name not in known or not _file(case, name).exists():
+            print(name, file=sys.stderr, flush=True)
+            keep({name: known.get(name, {}) | _made(case, name)}, given.quick)
+    if given.speed:
+        known = read(given.quick)
+        turns = 3 if given.quick else TURNS
+        keep(
+            {name: known.get(name, {}) | speeds for name, speeds in _speeds(case, names, turns)}, given.quick
+        )
 
 
-def _files(task: Task, folder: Path) -> tuple[dict[str, Path], dict[str, float]]:
-    """Every file by its name, "F32" or type and who made it, and the seconds that making it took."""
-    folder.mkdir(parents=True, exist_ok=True)
+def _makers(kind: str) -> list[str]:
+    peers = PEERS[:1] if kind == "Q8_0" else PEERS  # an importance matrix changes nothing there
+    return [*peers, *ROUNDINGS]
+
+
+def read(quick: bool) -> dict[str, Record]:
+    """What was measured, by "TYPE, MAKER"."""
+    path = _results(quick)
+    return json.loads(path.read_text())["records"] if path.exists() else {}
+
+
+def keep(records: Mapping[str, Record], quick: bool) -> None:
+    """Add to what was measured."""
+    path = _results(quick)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    document = json.loads(path.read_text()) if path.exists() else {}
+    document["records"] = document.get("records", {}) | dict(records)
+    atomic_write_text(path, json.dumps(document, indent=1) + "\n")
+
+
+def _results(quick: bool) -> Path:
+    return (FOLDER / "quick" if quick else FOLDER) / "llamacpp.json"
+
+
+def _case(*, wide: bool, quick: bool) -> Case:
+    task = smollm2(quick=quick)
+    task = replace(task, model=padded(task.model)) if wide else task
     analysis = analyse(task.model, task.examples, 0)
-    energies = {site: seen.energy for site, seen in analysis.statistics.items()}
     paths = [site.name for site in analysis.sites if site.kind != "embedding"]
     context = transforms.Context(
         analysis.statistics, gram.lazily(task.model, paths, task.examples), examples=task.examples
     )
-    jobs: dict[str, Callable[[Path], None]] = {
-        name: functools.partial(_original, causal(task.model), kind=kind)
-        for name, kind in (("F32", _gguf.F32), ("F16", _gguf.F16))
+    folder = WORK / ("quick" if quick else "full") / ("wide" if wide else "own")
+    folder.mkdir(parents=True, exist_ok=True)
+    return Case(task, analysis, context, folder)
+
+
+def _file(case: Case, name: str) -> Path:
+    return case.folder / f"{name.replace(',', '').replace(' ', '_')}.gguf"
+
+
+def _made(case: Case, name: str) -> Record:
+    """Make a file and judge it."""
+    kind, maker = name.split(", ", 1)
+    path, begin = _file(case, name), time.perf_counter()
+    if maker in ROUNDINGS:
+        _ours(case, {**TYPES[kind], **ROUNDINGS[maker]}, path)
+    else:
+        energies = {site: seen.energy for site, seen in case.analysis.statistics.items()}
+        _theirs(case.task, kind, energies if maker == PEERS[1] else {}, path)
+    seconds = time.perf_counter() - begin
+    kl = _losses(case.task, Reader.open(path, 512))
+    print(f"  KL {np.mean(kl):.4g}, {seconds:.0f} s", file=sys.stderr, flush=True)
+    return {
+        "bytes": path.stat().st_size,
+        "seconds": round(seconds, 1),
+        "kl": [float(f"{one:.5g}") for one in kl],
     }
-    for kind, options in TYPES.items():
-        jobs[f"{kind} {PEERS[0]}"] = functools.partial(_theirs, task, kind, {})
-        if kind != "Q8_0":  # an importance matrix changes nothing there
-            jobs[f"{kind} {PEERS[1]}"] = functools.partial(_theirs, task, kind, energies)
-        for name, rounding in ROUNDINGS.items():
-            given = {**options, **rounding}
-            jobs[f"{kind} {name}"] = functools.partial(_ours, task, analysis, context, given)
-    found, seconds = {}, {}
-    for name, job in jobs.items():
-        print(f"making {name}", file=sys.stderr, flush=True)
-        found[name], begin = folder / f"{name.replace(' ', '_')}.gguf", time.perf_counter()
-        job(found[name])
-        seconds[name] = time.perf_counter() - begin
-    return found, seconds
 
 
-def _original(model: Any, path: Path, kind: _gguf.Type) -> None:
-    """The model in floats."""
-    metadata, tensors = contents(model)
-    _gguf.write(path, metadata, [t if len(t.shape) == 1 else _as_floats(t, kind) for t in tensors])
-
-
-def _as_floats(tensor: _gguf.Tensor, kind: _gguf.Type) -> _gguf.Tensor:
-    def make() -> Any:
-        return _gguf.plain(kind, tensor.make().astype(np.float32))
-
-    return dataclasses.replace(tensor, type=kind, make=make)
-
-
-def _ours(task: Task, analysis: Analysis, context: Any, options: Mapping[str, JSON], path: Path) -> None:
+def _ours(case: Case, options: Mapping[str, JSON], path: Path) -> None:
     """The options at every linear layer, and the tied embedding in 8 bits to nearest, as in llama.cpp's files."""
     plan = Plan(
         tuple(
             Step("weight_only", site.name, TYPES["Q8_0"] if _is_embedding(site.name) else options)
-            for site in analysis.sites
+            for site in case.analysis.sites
         )
     )
-    save(causal(transforms.apply(task.model, plan, analysis.sites, context)), path)
+    save(causal(transforms.apply(case.task.model, plan, case.analysis.sites, case.context)), path)
 
 
 def _is_embedding(name: str) -> bool:
@@ -153,7 +208,7 @@ def _is_embedding(name: str) -> bool:
 
 def _theirs(task: Task, kind: str, energies: Mapping[str, Any], path: Path) -> None:
     """What llama.cpp's quantizer makes; energies: of the layers' inputs, by site, the importance matrix."""
-    known = {t.name: t for t in (*_gguf.INTEGERS, _gguf.F32)}
+    known = {t.name: t for t in (*_gguf.INTEGERS, *(layout.type for layout in LAYOUTS.values()))}
     metadata, tensors = contents(causal(task.model))
     importance = {_tensor_name(site): energy for site, energy in energies.items() if energy is not None}
 
@@ -162,14 +217,12 @@ def _theirs(task: Task, kind: str, energies: Mapping[str, Any], path: Path) -> N
             return tensor
         into = known["Q8_0" if tensor.name == "token_embd.weight" else kind]
         make = functools.partial(_chunk, tensor, into, importance.get(tensor.name))
-        return dataclasses.replace(tensor, type=into, make=make)
+        return replace(tensor, type=into, make=make)
 
     _gguf.write(path, metadata, [quantized(tensor) for tensor in tensors])
 
 
 def _tensor_name(site: str) -> str:
-    from flyweight.runtimes._gguf_model import name_of
-
     return f"{name_of(site.removeprefix('model.'))}.weight"
 
 
@@ -190,102 +243,35 @@ def _chunk(tensor: _gguf.Tensor, kind: _gguf.Type, importance: torch.Tensor | No
     return found
 
 
-def _losses(task: Task, readers: Mapping[str, Reader]) -> dict[str, np.ndarray[Any, Any]]:
-    """KL to the original in nats a token, of each held-out window, by file."""
-    original, windows = caller(task.model), task.score.windows  # type: ignore[attr-defined]
-    found: dict[str, list[float]] = {name: [] for name in readers}
-    for window in windows:
-        wanted = original(window[None])
-        for name, reader in readers.items():
-            reader.forget()
-            logits = torch.from_numpy(reader.read_all(window.tolist()))[None]
-            found[name].append(language.kl(lambda _: wanted, lambda _: logits, [window]).value)  # noqa: B023
-    return {name: np.array(values) for name, values in found.items()}
+def _losses(task: Task, reader: Reader) -> list[float]:
+    """KL to the original in nats a token, of each held-out window."""
+    found = []
+    call = caller(task.model)
+    for window in task.score.windows:  # type: ignore[attr-defined]
+        wanted = call(window[None])
+        reader.forget()
+        logits = torch.from_numpy(reader.read_all(window.tolist()))[None]
+        found.append(language.kl(lambda _: wanted, lambda _: logits, [window]).value)  # noqa: B023
+    return found
 
 
-def _speeds(task: Task, readers: Mapping[str, Reader], turns: int) -> dict[str, list[generation.Speed]]:
-    """Each file's speed and PyTorch's, turn by turn."""
-    prompt = task.score.windows[0][:PROMPT].tolist()  # type: ignore[attr-defined]
-    racing = {"PyTorch": generation.TorchReader(causal(task.model)), **readers}
+def _speeds(case: Case, names: Sequence[str], turns: int) -> Iterator[tuple[str, Record]]:
+    """Tokens a second of each file, turn by turn, beside PyTorch's and F16's."""
+    floats = case.folder / "F16.gguf"
+    if not floats.exists():
+        original(causal(case.task.model), floats)
+    prompt = case.task.score.windows[0][:PROMPT].tolist()  # type: ignore[attr-defined]
+    files = {"F16": floats, **{name: _file(case, name) for name in names if _file(case, name).exists()}}
+    racing: dict[str, Any] = {name: Reader.open(file, PROMPT + WRITTEN) for name, file in files.items()}
+    racing["PyTorch"] = generation.TorchReader(causal(case.task.model))
     found: dict[str, list[generation.Speed]] = {name: [] for name in racing}
     for _ in range(turns):
         for name, reader in racing.items():
             found[name].append(generation.speed(reader, prompt, WRITTEN, rounds=1))
-    return found
-
-
-def _rows(
-    kind: str,
-    bytes_: Mapping[str, int],
-    losses: Mapping[str, np.ndarray[Any, Any]],
-    speeds: Mapping[str, Sequence[generation.Speed]],
-) -> list[Row]:
-    ours = f"{kind} {BEST}"
-    peers = {name: f"{kind} {name}" for name in PEERS if f"{kind} {name}" in bytes_}
-    case = {"case": f"SmolLM2 {kind}"}
-    low, high = _bootstrap(losses[ours])
-    kl = {name: float(losses[file].mean()) for name, file in peers.items()}
-    size: dict[str, float | None] = {name: float(bytes_[file]) for name, file in peers.items()}
-    rows = [
-        Row(
-            **case, metric="KL to the original", unit="nats a token", better="lower", ours=float(losses[ours].mean()),
-            ours_interval=(low, high), peers=dict(kl), aim=KL_AIM,
-        ),
-        Row(
-            **case, metric="file", unit="bytes", better="lower", ours=float(bytes_[ours]), peers=size, aim=1.0
-        ),
-    ]  # fmt: skip
-    for what in ("decode", "prefill"):
-        own = f"{kind} {PEERS[0]}"
-        ratio = _paired(speeds[ours], speeds[own], what)
-        rows.append(
-            Row(
-                **case, metric=f"{what}, llama.cpp's own file = 1", unit="x", better="higher", ours=ratio[1],
-                ours_interval=(ratio[0], ratio[2]), reference=1.0, aim=SPEED_AIM,
-            )
-        )  # fmt: skip
-        ratio = _paired(speeds[ours], speeds["PyTorch"], what)
-        rows.append(
-            Row(
-                **case, metric=f"{what}, PyTorch = 1", unit="x", better="higher", ours=ratio[1],
-                ours_interval=(ratio[0], ratio[2]), reference=1.0,
-            )
-        )  # fmt: skip
-    return rows
-
-
-def _paired(
-    ours: Sequence[generation.Speed], others: Sequence[generation.Speed], what: str
-) -> tuple[float, float, float]:
-    """The ratio of two speeds, turn by turn: quarter, median, three quarters."""
-    ratios = [getattr(a, what) / getattr(b, what) for a, b in zip(ours, others, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    return low, middle, high
-
-
-def _bootstrap(values: np.ndarray[Any, Any]) -> tuple[float, float]:
-    """The 95 % interval of a mean over windows, by drawing windows anew."""
-    drawn = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(low), float(high)
-
-
-def _details(
-    name: str,
-    bytes_: Mapping[str, int],
-    losses: Mapping[str, np.ndarray[Any, Any]],
-    speeds: Mapping[str, Sequence[generation.Speed]],
-    seconds: Mapping[str, float],
-) -> dict[str, Any]:
-    said: dict[str, Any] = {
-        what: statistics.median(getattr(speed, what) for speed in speeds[name])
-        for what in ("decode", "prefill")
-    }
-    if name in bytes_:
-        kl = losses[name]
-        said |= {"bytes": bytes_[name], "kl": float(kl.mean()), "kl_interval": _bootstrap(kl)}
-        said |= {"seconds_to_make": seconds[name]}
-    return said
+    ends = {"F16": f"F16, {case.folder.name}", "PyTorch": f"PyTorch, {case.folder.name}"}
+    for name, speeds in found.items():
+        told = {what: [round(getattr(one, what), 2) for one in speeds] for what in ("decode", "prefill")}
+        yield ends.get(name, name), told
 
 
 if __name__ == "__main__":
