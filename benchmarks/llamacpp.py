@@ -30,9 +30,9 @@ import numpy as np
 import torch
 
 from benchmarks._llamacpp_model import original, padded, smollm2
-from benchmarks._llamacpp_report import report
+from benchmarks._llamacpp_report import PEERS, report
 from benchmarks._results import FOLDER
-from flyweight import Task, discover, transforms
+from flyweight import Task, transforms
 from flyweight.analysis import gram
 from flyweight.analysis.machine import cores
 from flyweight.analysis.sites import Analysis, analyse
@@ -64,7 +64,6 @@ ROUNDINGS: Mapping[str, Mapping[str, JSON]] = {
     "error feedback": {"rounding": "error_feedback", "drift": 0.0},
     "error feedback, drift": {"rounding": "error_feedback", "drift": 0.5},
 }
-PEERS = ("llama.cpp", "llama.cpp, importance")
 PROMPT, WRITTEN, TURNS = 128, 32, 9
 Record = dict[str, Any]
 
@@ -182,7 +181,7 @@ def _made(case: Case, name: str) -> Record:
         energies = {site: seen.energy for site, seen in case.analysis.statistics.items()}
         _theirs(case.task, kind, energies if maker == PEERS[1] else {}, path)
     seconds = time.perf_counter() - begin
-    kl = _losses(case.task, Reader.open(path, 512))
+    kl = _losses(case, Reader.open(path, 512))
     print(f"  KL {np.mean(kl):.4g}, {seconds:.0f} s", file=sys.stderr, flush=True)
     return {
         "bytes": path.stat().st_size,
@@ -243,16 +242,23 @@ def _chunk(tensor: _gguf.Tensor, kind: _gguf.Type, importance: torch.Tensor | No
     return found
 
 
-def _losses(task: Task, reader: Reader) -> list[float]:
+def _losses(case: Case, reader: Reader) -> list[float]:
     """KL to the original in nats a token, of each held-out window."""
     found = []
-    call = caller(task.model)
-    for window in task.score.windows:  # type: ignore[attr-defined]
-        wanted = call(window[None])
+    for index, window in enumerate(case.task.score.windows):  # type: ignore[attr-defined]
+        wanted = _original_logits(case, index, window)
         reader.forget()
         logits = torch.from_numpy(reader.read_all(window.tolist()))[None]
         found.append(language.kl(lambda _: wanted, lambda _: logits, [window]).value)  # noqa: B023
     return found
+
+
+def _original_logits(case: Case, index: int, window: torch.Tensor) -> torch.Tensor:
+    """The logits (1, L, V) of the original in PyTorch for a held-out window; computed once."""
+    path = case.folder / f"original_{index}.npy"
+    if not path.exists():
+        np.save(path, caller(case.task.model)(window[None]).numpy())
+    return torch.from_numpy(np.load(path))
 
 
 def _speeds(case: Case, names: Sequence[str], turns: int) -> Iterator[tuple[str, Record]]:

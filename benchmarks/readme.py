@@ -36,7 +36,7 @@ def main() -> int:
     """Write or check every page; returns the exit code."""
     found = _load("contract")
     blocks = {"tree": tree()} | ({"contract": contract(found), "peers": peers(found)} if found else {})
-    blocks |= _weight_codes() | _choices()
+    blocks |= _weight_codes() | _choices() | _llamacpp()
     stale = []
     for name in PAGES:
         path = ROOT / name
@@ -72,6 +72,14 @@ def _choices() -> dict[str, str]:
     from benchmarks import choices  # it reads the functions of this module
 
     return {f"choices {name}": choices.markdown(table) for name, table in _load("choices").items()}
+
+
+def _llamacpp() -> dict[str, str]:
+    """The table of benchmarks/llamacpp.py, if anything was measured."""
+    from benchmarks import _llamacpp_report  # it reads the functions of this module
+
+    found = _load("llamacpp")
+    return {"llamacpp": _llamacpp_report.table(found["records"])} if found else {}
 
 
 def _between(page: str, key: str, text: str) -> str:
