@@ -1,8 +1,8 @@
 """llama.cpp's IQ4_NL: 16 uneven values for all weights alike, times a half-precision scale for 32 inputs; 4.5 bits.
 
-The table is ggml's, finer around 0 (pull request 5590 of llama.cpp by Kawrakow, 2024): at the same bytes as evenly spaced integers
-it leaves less error on weights that are spread like a bell, and it fits widths that super-blocks of 256 do not divide. None
-of the values is 0, so a group of zeros has the scale 0.
+The table is ggml's, finer around 0 (pull request 5590 of llama.cpp by Kawrakow, 2024): at the same bytes as evenly
+spaced integers it leaves less error on weights that are spread like a bell, and it fits widths that super-blocks of 256 do
+not divide. None of the values is 0, so a group of zeros has the scale 0.
 """
 
 from __future__ import annotations

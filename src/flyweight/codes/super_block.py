@@ -1,8 +1,8 @@
 """llama.cpp's k-quants: super-blocks of 256 inputs, groups' scales and offsets being small multiples of two half floats.
 
 What the layouts block_q2_K .. block_q6_K and block_iq4_xs of ggml hold, to the bit (pull requests 1684 and 5747 of
-llama.cpp by Kawrakow, 2023): value = level * (super * multiple) - floor * lift. Both products are exact in float32. `_super_fit`
-searches the scales for the least squared error.
+llama.cpp by Kawrakow, 2023): value = level * (super * multiple) - floor * lift. Both products are exact in float32.
+`_super_fit` searches the scales for the least squared error.
 """
 
 from __future__ import annotations
