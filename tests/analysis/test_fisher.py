@@ -12,6 +12,7 @@ from runtimes.nets import Function
 from torch import nn
 
 from flyweight.analysis import fisher as module
+from flyweight.analysis.bare import layer_at
 from flyweight.analysis.fisher import fisher, lazily
 from flyweight.analysis.sites import analyse
 from flyweight.errors import DataError, ModelError, UsageError
@@ -240,8 +241,9 @@ def test_every_model_of_the_zoo(entry: Any) -> None:
     sites = [site.name for site in analyse(model, given).sites]
     found = fisher(model, sites, given, seed=0)
     for path, importance in found.items():
-        weight = model.get_submodule(path).weight
-        transposed = not isinstance(model.get_submodule(path), nn.Linear) and weight.ndim == 2
+        layer = layer_at(model, path)
+        weight = layer.weight
+        transposed = not isinstance(layer, nn.Linear) and weight.ndim == 2
         assert importance.shape == (weight.shape[1 if transposed else 0],)
         assert bool((importance >= 0).all())
 

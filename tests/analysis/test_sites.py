@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import weight_norm
 
 from flyweight.analysis.sites import analyse, kind_of, model_bytes, plain_site
 from flyweight.errors import DataError
@@ -163,20 +164,25 @@ LEFT = {
                        {"a": "tied with that of b, which no example ran"}),
     "tied and outside": (
         lambda: together(lambda self, x: self.b(self.a(x)) @ self.a.weight, a=nn.Embedding(16, 16), b=linear()), TOKENS,
-        {"a": "also used by", "b": "also used by"}),
+        {"a": "in different ways", "b": "in different ways"}),
     "functional": (lambda: Net(lambda self, x: functional.linear(self.a(x), self.a.weight.t()), a=linear()), VECTORS,
-                   {"a": "also used by t"}),
-    "outside": (lambda: Net(lambda self, x: functional.linear(x, self.a.weight), a=linear()), VECTORS,
-                {"a": "outside its own forward"}),
+                   {"a": "in different ways"}),
+    "squared": (lambda: Net(lambda self, x: self.a(x) * self.a.weight.square().sum(), a=linear()), VECTORS,
+                {"a": "also used by square"}),
+    "looked up": (lambda: Net(lambda self, x: functional.embedding(x, self.a.weight), a=linear()), TOKENS,
+                  {"a": "looked up by no embedding layer"}),
+    "left factor": (lambda: Net(lambda self, x: self.a.weight @ x.T, a=linear()), VECTORS, {"a": "also used by"}),
+    "recurrent and otherwise": (
+        lambda: Net(lambda self, x: self.a(x)[0] + self.a.weight_hh_l0.sum(), a=nn.GRU(16, 4)), torch.randn(2, 3, 16),
+        {"a.weight_hh_l0": "also used by sum"}),
+    "normed": (lambda: Net(lambda self, x: self.a(x)[0], a=weight_norm(nn.LSTM(16, 4), "weight_hh_l0")),
+               torch.randn(2, 3, 16), {"a.parametrizations.weight_hh_l0.original1": "also used by"}),
     "output": (lambda: Net(lambda self, x: {"y": self.a(x), "w": self.a.weight}, a=linear()), VECTORS,
                {"a": "an output of the model"}),
     "idle": (lambda: Net(lambda self, x: self.a(x), a=linear(), b=linear()), VECTORS, {"b": "no example ran it"}),
     "max_norm": (lambda: nn.Sequential(nn.Embedding(16, 4, max_norm=1.0)), TOKENS, {"0": "max_norm"}),
-    "attention": (lambda: Net(lambda self, x: self.a(x, x, x)[0], a=nn.MultiheadAttention(16, 2)), torch.randn(2, 3, 16),
-                  {"a.out_proj": "multi_head_attention_forward"}),
     "no batch": (lambda: Net(lambda self, x: self.a(x[0])[None], a=nn.Conv2d(3, 4, 3)), IMAGES, {"a": "no batch dimension"}),
     "transposed": (lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3)), IMAGES, {}),
-    "lstm": (lambda: Net(lambda self, x: self.a(x)[0], a=nn.LSTM(16, 4)), torch.randn(2, 3, 16), {}),
 }  # fmt: skip
 
 
@@ -198,7 +204,8 @@ def test_an_encoder_s_layers_are_seen_though_pytorch_would_fuse_them() -> None:
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
     before = torch.backends.mha.get_fastpath_enabled()
     found = analyse(model, [torch.randn(2, 5, 16)])
-    assert [site.name for site in found.sites] == ["linear1", "linear2"]
+    read = ["self_attn.in_proj_weight", "self_attn.out_proj.weight"]
+    assert [site.name for site in found.sites] == [*read, "linear1", "linear2"]
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 

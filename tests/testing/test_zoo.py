@@ -163,7 +163,7 @@ CHECKS: dict[str, Callable[[Zoo], bool]] = {
     "no_parameters": lambda entry: not list(built(entry).parameters()),
     "outside": is_outside,
     "record_output": lambda entry: dataclasses.is_dataclass(output(entry)),
-    "recurrent": has(nn.LSTM),
+    "recurrent": has(nn.RNNBase, nn.RNNCellBase),
     "relu6": has(nn.ReLU6),
     "residual": is_residual,
     "reused": lambda entry: max(calls(entry).values()) > 1,

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -91,15 +92,18 @@ def differentiable(model: nn.Module, weights: Mapping[int, str]) -> Iterator[Non
             parameter.requires_grad_(flag)
 
 
-_Edge = tuple[str, GradientEdge, int]
-"""A site, where the slope of an output of it arrives, and which dimension of that output is O."""
+_Edge = tuple[str, GradientEdge, int, tuple[int, int]]
+"""A site, where the slope of an output of it arrives, which dimension of that output is O, and how many of O are not in it:
+before and behind."""
 
 
 def _note(edges: list[_Edge], path: str, call: Call) -> None:
     """Keep the output of a product, as a place in the graph: the model may change the tensor in place afterwards."""
     if call.kind != "embedding" and call.output.requires_grad:
         channels = call.output.ndim - call.weight.ndim + 1 if call.kind == "conv" else call.output.ndim - 1
-        edges.append((path, get_gradient_edge(call.output), channels))
+        every = call.weight.shape[1 if call.kind == "addmm" else 0]
+        missing = (call.first, every - call.first - call.output.shape[channels])
+        edges.append((path, get_gradient_edge(call.output), channels, missing))
 
 
 def forward(
@@ -170,11 +174,12 @@ def _squares(
     """The sum of squared slopes (O,) float64 of each site."""
     if not edges or not asked:
         return {}
-    found = torch.autograd.grad(asked, [edge for _, edge, _ in edges], slopes, allow_unused=True)
+    found = torch.autograd.grad(asked, [edge for _, edge, *_ in edges], slopes, allow_unused=True)
     sums: dict[str, torch.Tensor] = {}
-    for (path, _, channels), slope in zip(edges, found, strict=True):
+    for (path, _, channels, missing), slope in zip(edges, found, strict=True):
         if slope is not None:
             square = slope.movedim(channels, 0).flatten(1).float().square().sum(1).double()
+            square = F.pad(square, missing)
             sums[path] = sums[path] + square if path in sums else square
     return sums
 

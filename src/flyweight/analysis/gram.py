@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from flyweight.analysis._patches import input_rows, reading
+from flyweight.analysis.bare import layer_at
 from flyweight.analysis.calls import Call, Watch, unfused
 from flyweight.errors import DataError, ModelError, UsageError
 from flyweight.inputs.check import run_example
@@ -232,16 +233,17 @@ def _partner(call: Call, waiting: list[Call]) -> Call | None:
 
 def site_weights(model: nn.Module, sites: Collection[str]) -> dict[int, str]:
     """id(weight) -> path of each site; raises UsageError for a path that is none, ModelError for a site without a weight."""
-    modules = dict(model.named_modules(remove_duplicate=False))
     found: dict[int, str] = {}
     for path in sites:
-        if path not in modules:
-            raise UsageError("a site must be a layer of the model", got=repr(path))
-        weight = modules[path]._parameters.get("weight")
+        try:
+            layer = layer_at(model, path)
+        except AttributeError:
+            raise UsageError("a site must be a layer of the model", got=repr(path)) from None
+        weight = layer._parameters.get("weight")
         if weight is None:
             raise ModelError(
                 "a site must have a weight of its own",
-                got=type(modules[path]).__name__,
+                got=type(layer).__name__,
                 where=f"layer {path}",
                 way_out="collect before the layer is changed",
             )

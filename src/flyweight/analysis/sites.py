@@ -2,7 +2,8 @@
 
 A site is a module whose parameter `weight` is consumed by exactly one linear, convolution or embedding operation in each
 forward pass of that module, and by nothing else. Modules that hold one weight are one site, which has the name of the first
-that multiplies with it. Whatever else holds weights is left alone, and a note says why.
+that multiplies with it. Any other parameter that is only multiplied with, by a linear operation, a product or a convolution,
+is a site that has the parameter's name (`analysis.bare`). Whatever else holds weights is left alone, and a note says why.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from flyweight.analysis._patches import input_sums, row_count
+from flyweight.analysis.bare import TURNED, is_bare, layer_at, parameter_path
 from flyweight.analysis.calls import Call, Watch, owners, sharers, tensors_in, unfused
 from flyweight.errors import DataError
 from flyweight.inputs.check import run_example
@@ -25,6 +27,7 @@ from flyweight.records import Batch, Site
 SAMPLE = 1 << 14
 """Activation values kept per site, drawn at random over all examples."""
 
+_COLUMNS = "columns"
 _TABLES = (nn.Embedding, nn.EmbeddingBag)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TABLES)
 
@@ -112,14 +115,17 @@ class _Recorder:
         self._seen: dict[tuple[str, bool], _Seen] = {}
         """By the weight's first holder, and whether rows are looked up."""
         self._uses: dict[str, str] = {}
-        """How each module that ran reads its weight."""
+        """How each module that ran reads its weight, and how each weight that is read from elsewhere is read."""
+        self._read: set[str] = set()
+        """The first holders of weights that are read other than by their own layer's forward."""
         self._left: dict[str, str] = {}
         self._hooks: list[Any] = []
         self.first = True
 
     def __enter__(self) -> None:
-        for path in (path for paths in self._sharers.values() for path in paths):
-            module = self._model.get_submodule(path)
+        modules = dict(self._model.named_modules())
+        for path in (path for paths in self._sharers.values() for path in paths if path in modules):
+            module = modules[path]
             self._hooks += [
                 module.register_forward_pre_hook(self._begin(path), with_kwargs=True),
                 module.register_forward_hook(self._end(path), always_call=True),
@@ -154,26 +160,39 @@ class _Recorder:
 
     def _call(self, owner: str, call: Call) -> None:
         inside = [path for path in self._active if path in self._sharers[owner]]
-        if not inside:
-            self._left.setdefault(owner, "its weight is used outside its own forward")
-            return
-        path, active = inside[-1], self._active[inside[-1]]
+        path = inside[-1] if inside else owner
+        if not inside or not _is_layer(self._model.get_submodule(path), call):
+            self._read.add(owner)
+            path = owner
+        active = self._active.get(path, [None, 0])
         active[1] += 1
         self._uses.setdefault(path, _use(call))
-        reason = self._unfit(self._model.get_submodule(path), call) or self._mixed(owner)
-        reason = "its weight is used more than once in one forward" if active[1] > 1 else reason
-        if reason:
-            self._left.setdefault(owner, reason)
+        reason = self._unread(owner, call) if owner in self._read else self._unfit(path, call)
+        if reason or self._mixed(owner):
+            self._left.setdefault(owner, reason or self._mixed(owner) or "")
         seen = self._seen.setdefault((owner, call.kind == "embedding"), _Seen())
         if self.first:
-            seen.calls += 1
+            seen.calls = 1 if owner in self._read else seen.calls + 1
             seen.macs += _macs(call)
-            seen.own_input &= _same_values(active[0], call.input)
+            seen.own_input &= owner not in self._read and _same_values(active[0], call.input)
         if owner not in self._left:
             self._statistics(path, seen, call)
 
-    def _unfit(self, module: nn.Module, call: Call) -> str | None:
+    def _unread(self, owner: str, call: Call) -> str | None:
+        """Why a weight that is read from elsewhere is no site, or None."""
+        if call.kind == "embedding":
+            return "its rows are looked up by no embedding layer"
+        if call.weight.ndim < 2 or (call.kind != "conv" and call.weight.ndim > 2):
+            return f"it has {call.weight.ndim} dimensions"
+        if self._uses[owner] != _use(call):
+            return "it is read in different ways"
+        return None
+
+    def _unfit(self, path: str, call: Call) -> str | None:
         """Why a call does not make its module a site, or None."""
+        module = self._model.get_submodule(path)
+        if self._active[path][1] > 1:
+            return "its weight is used more than once in one forward"
         if kind_of(module) != ("linear" if call.kind == "addmm" else call.kind):
             return f"its class does not tell that it computes a {call.kind}"
         if call.weight.ndim < 2:
@@ -216,7 +235,8 @@ class _Recorder:
             if reason:
                 self._left.setdefault(owner, reason)
         groups = {self._named(owner): owner for owner in dict.fromkeys(ran) if owner not in self._left}
-        order = [path for path in self._uses if path in groups]
+        first = list(self._uses)
+        order = sorted(groups, key=lambda path: first.index(path if path in self._uses else groups[path]))
         merged = {
             path: self._seen.get((owner, False)) or self._seen[owner, True] for path, owner in groups.items()
         }
@@ -231,11 +251,16 @@ class _Recorder:
 
     def _named(self, owner: str) -> str:
         """The module that a site is named by: the first to multiply with the weight, or else to look up its rows."""
+        if owner in self._read:
+            turned = TURNED if self._uses[owner] == _COLUMNS else ""
+            return parameter_path(self._model, owner) + turned
         paths = [path for path in self._uses if path in self._sharers[owner]]
         return next((path for path in paths if self._uses[path] != "rows"), paths[0])
 
     def _untied(self, owner: str) -> str | None:
         """Why modules that hold one weight cannot be one site, or None."""
+        if owner in self._read:
+            return None
         idle = [path for path in self._sharers[owner] if path not in self._uses]
         columns = "columns" in {self._uses[path] for path in self._sharers[owner] if path in self._uses}
         for path in idle:  # a shared table that is itself never called, as in T5, is what its class says
@@ -251,12 +276,12 @@ class _Recorder:
         return f"its weight is tied, and {' and '.join(paths)} read it in different ways" if mixed else None
 
     def _site(self, path: str, owner: str, seen: _Seen) -> Site:
-        paths = self._sharers[owner]
-        modules = [self._model.get_submodule(one) for one in paths]
+        paths = (path,) if owner in self._read else self._sharers[owner]
+        modules = [layer_at(self._model, one) for one in paths]
         own = {id(p): p for module in modules for p in module.parameters(recurse=False)}.values()
         return Site(
             name=path,
-            kind=kind_of(self._model.get_submodule(path)),
+            kind=kind_of(layer_at(self._model, path)),
             parameters=sum(p.numel() for p in own),
             bytes=sum(p.numel() * p.element_size() for p in own),
             macs=seen.macs,
@@ -269,7 +294,7 @@ class _Recorder:
             f"{path} stays as it is: {why}"
             for owner, why in self._left.items()
             for path in self._sharers[owner]
-            if path in self._uses or isinstance(self._model.get_submodule(path), _LAYERS)
+            if path in self._uses or isinstance(layer_at(self._model, path), _LAYERS)
         ]
 
     def _never_run(self) -> list[str]:
@@ -280,7 +305,7 @@ class _Recorder:
             for path in paths
             if owner not in self._left
             and not any(other in self._uses for other in paths)
-            and isinstance(self._model.get_submodule(path), _LAYERS)
+            and isinstance(layer_at(self._model, path), _LAYERS)
         ]
 
 
@@ -300,7 +325,10 @@ def kind_of(module: nn.Module) -> Literal["linear", "conv", "embedding"]:
 
 def plain_site(model: nn.Module, path: str) -> Site:
     """A site by its path alone, without statistics or costs, as rebuilding a stored artifact needs it."""
-    kind = kind_of(model.get_submodule(path))
+    layer = layer_at(model, path)
+    kind = kind_of(layer)
+    if is_bare(layer):
+        return Site(name=path, kind=kind, parameters=0, bytes=0, macs=0)
     together = next((paths for paths in sharers(model).values() if path in paths), (path,))
     tied = tuple(other for other in together if other != path)
     return Site(name=path, kind=kind, parameters=0, bytes=0, macs=0, tied=tied)
@@ -310,7 +338,12 @@ def _use(call: Call) -> str:
     """How a call reads its weight: "rows" are looked up; other words are equal where one code serves both calls."""
     if call.kind == "conv":
         return f"conv in {call.layout['groups']} groups"
-    return {"embedding": "rows", "addmm": "columns"}.get(call.kind, call.kind)
+    return {"embedding": "rows", "addmm": _COLUMNS}.get(call.kind, call.kind)
+
+
+def _is_layer(module: nn.Module, call: Call) -> bool:
+    """Whether a module's class tells which way round a call in its forward reads its weight."""
+    return call.kind not in ("linear", "addmm") or isinstance(module, nn.Linear) == (call.kind == "linear")
 
 
 def _together(site: Site) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from flyweight import discover
+from flyweight.analysis.bare import layer_at
 from flyweight.analysis.machine import instructions
 from flyweight.planning.allocate import Level, allocate
 from flyweight.planning.damage import predicted
@@ -131,7 +132,7 @@ def _mixed(model: nn.Module, sites: Sequence[Site], low: Family, context: Contex
             plain = {k: v for k, v in step.options.items() if k != "rounding"}
             damage = predicted(model, site, Step(step.method, step.site, plain), context)
             if damage is not None:
-                size = nbytes(model.get_submodule(site.name), site, step.options)
+                size = nbytes(layer_at(model, site.name), site, step.options)
                 levels.setdefault(site.name, []).append(Level(step, size, damage))
     levels = {name: some for name, some in levels.items() if len({level.bytes for level in some}) > 1}
     chosen = allocate(levels, sum(level.bytes for some in levels.values() for level in some) / 2)
@@ -164,7 +165,7 @@ def _entropy(
     that is allowed: where the score is a likelihood, that is the drop.
     """
     sites, known = given
-    weights = sum(model.get_submodule(s.name).get_parameter("weight").numel() for s in known) or 1
+    weights = sum(layer_at(model, s.name).get_parameter("weight").numel() for s in known) or 1
     level = float(f"{math.sqrt(24 * loss / weights):.3g}")  # an entry adds about level^2 / 24
     steps = dict(stored) | _steps(model, sites, "weight_only", {"code": "entropy", "step": 0.25})
     fed: dict[str, JSON] = {"code": "entropy", "rounding": "waterfilling", "level": level}
@@ -286,5 +287,5 @@ def _steps(
     return {
         site.name: Step(method, site.name, _options.plain(read))
         for site in sites
-        if module.levels(site) and module.refuse(site, read, model.get_submodule(site.name)) is None
+        if module.levels(site) and module.refuse(site, read, layer_at(model, site.name)) is None
     }

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
 
 from flyweight import discover, transforms
+from flyweight.analysis.bare import layer_at
 from flyweight.evaluation.bench import deviation
 from flyweight.inputs.check import run
 from flyweight.records import Batch, Site, Step
@@ -35,8 +35,8 @@ def damages(
 ) -> dict[str, float]:
     """Relative squared change of the output per site, with that site's step alone applied.
 
-    model is not changed in the end, though its modules are swapped meanwhile: give a copy. Uses up to EXAMPLES examples,
-    fewer when the time in seconds would not do; sites that the time does not reach are missing.
+    model is not changed. Uses up to EXAMPLES examples, fewer when the time in seconds would not do; sites that the time
+    does not reach are missing.
     """
     start = time.perf_counter()
     chosen = examples[:1]
@@ -49,8 +49,8 @@ def damages(
     for site in (s for s in sites if s.name in steps):
         if time.perf_counter() - start > seconds:
             break
-        with _changed(model, site, steps[site.name], context):
-            changes = [deviation(w, run(model, batch)) for w, batch in zip(wanted, chosen, strict=True)]
+        changed = _changed(model, site, steps[site.name], context)
+        changes = [deviation(w, run(changed, batch)) for w, batch in zip(wanted, chosen, strict=True)]
         found[site.name] = sum(changes) / len(changes)
     return found
 
@@ -67,8 +67,9 @@ def predicted(model: nn.Module, site: Site, step: Step, context: Context) -> flo
     method = discover.method("transforms", step.method)
     options = _options.read(method, step.options, step.site)
     new = method.replace(model, site, options, context)[site.name]
-    change = new.weight.detach().float() - model.get_submodule(site.name).get_parameter("weight").detach()
-    change = change.T if is_transposed(model.get_submodule(site.name), site.kind) else change.flatten(1)
+    layer = layer_at(model, site.name)
+    change = new.weight.detach().float() - layer.get_parameter("weight").detach()
+    change = change.T if is_transposed(layer, site.kind) else change.flatten(1)
     parts = zip(
         change.chunk(len(gram)) if gram.ndim == 3 else [change],
         gram.reshape(-1, *gram.shape[-2:]),
@@ -79,22 +80,9 @@ def predicted(model: nn.Module, site: Site, step: Step, context: Context) -> flo
     return loss if loss == loss else math.inf
 
 
-@contextmanager
-def _changed(model: nn.Module, site: Site, step: Step, context: Context) -> Iterator[None]:
-    """The model with one step applied in place, for as long as the context lasts."""
+def _changed(model: nn.Module, site: Site, step: Step, context: Context) -> nn.Module:
+    """The model with one step applied; what it leaves alone is the model's own."""
     method = discover.method("transforms", step.method)
     options = _options.read(method, step.options, step.site)
-    old = {path: model.get_submodule(path) for path in site.paths}
-    new = transforms.with_tied(model, site, method.replace(model, site, options, context))
-    places = [
-        (path, module)
-        for path, module in model.named_modules(remove_duplicate=False)
-        if any(module is before for before in old.values())
-    ]
-    try:
-        for path, module in places:
-            model.set_submodule(path, next(new[name] for name, before in old.items() if before is module))
-        yield
-    finally:
-        for path, module in places:
-            model.set_submodule(path, module)
+    new = method.replace(model, site, options, context)
+    return transforms.view(model, transforms.with_tied(model, site, new))

@@ -1,7 +1,8 @@
 """Exports a model to ONNX once per structure, with every site left open.
 
-Each linear, convolution and embedding becomes one node `flyweight.Site` that says only where it is. `_lower.py` fills the
-sites in, as floats or integers, so hundreds of candidates cost one export. Needs onnx and onnxscript.
+Each linear, convolution and embedding becomes one node `flyweight.Site` that says only where it is; so does a weight that is
+read by other operations. `_lower.py` fills the sites in, as floats or integers, so hundreds of candidates cost one export.
+Needs onnx and onnxscript.
 """
 
 from __future__ import annotations
@@ -94,12 +95,17 @@ class _OpenSite(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """A stand-in with the weight's shape, for code that asks for it."""
-        return torch.empty(self.shape, dtype=self.dtype)
+        """An open node that gives the weight, for code that asks for it."""
+        attributes = {"path": self.path, "kind": "weight", "bias": 0}
+        found: torch.Tensor = torch.onnx.ops.symbolic(
+            f"{DOMAIN}::Site", [], attributes, dtype=self.dtype, shape=self.shape, version=1
+        )
+        return found
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Open(self.path):
-            return functional_call(self.shell, {"weight": self.weight}, args, kwargs)
+            stand_in = torch.empty(self.shape, dtype=self.dtype)
+            return functional_call(self.shell, {"weight": stand_in}, args, kwargs)
 
 
 class _Open(Functions):

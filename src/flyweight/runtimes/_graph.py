@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from flyweight.analysis.bare import layer_at
 from flyweight.analysis.sites import analyse
 from flyweight.errors import ModelError, foreign
 from flyweight.records import Batch
@@ -70,7 +71,7 @@ def write_graph(model: nn.Module, examples: Sequence[Batch], where: Path) -> Gra
         path: m for path, m in model.named_modules() if isinstance(m, QuantizedLayer)
     }
     sites = analyse(model, examples[:1]).sites
-    paths |= {path: model.get_submodule(path) for site in sites for path in site.paths}
+    paths |= {path: layer_at(model, path) for site in sites for path in site.paths}
     outline = skeleton(model, paths, examples)
     low = lower(outline, model, paths)
     places = write_weights(low.weights, where / WEIGHTS)

@@ -18,6 +18,7 @@ import torch
 from onnx import helper
 from torch import nn
 
+from flyweight.analysis.bare import TURNED, is_bare
 from flyweight.runtimes import _activations, _blocks, _decode
 from flyweight.runtimes._constants import constants
 from flyweight.runtimes._export import DOMAIN, Skeleton
@@ -53,8 +54,10 @@ def lower(skeleton: Skeleton, model: nn.Module, paths: Mapping[str, nn.Module]) 
 def _site(low: Lowered, node: Any, at: Mapping[str, Any], module: nn.Module, pads: Pads) -> None:
     kind, path = at["kind"].decode(), at["path"].decode()
     owner = _owner(low, path, module)
-    x, y = node.input[0], node.output[0]
-    if kind == "embedding":
+    x, y = "".join(node.input), node.output[0]
+    if kind == "weight":
+        _weight(low, owner, module, y)
+    elif kind == "embedding":
         _embedding(low, owner, module, x, y)
     elif kind == "conv":
         x = pads.source(x, at)
@@ -80,6 +83,19 @@ def _linear(low: Lowered, path: str, module: nn.Module, ends: tuple[str, str], a
     low.node("Add", [product, bias], y)
 
 
+def _weight(low: Lowered, owner: str, module: nn.Module, y: str) -> None:
+    """The weight itself, as the layer's own shape has it."""
+    if isinstance(module, QuantizedLayer):
+        low.node("Identity", [_decode.decoded(low, owner, module, turned=module.transposed)], y)
+    else:
+        low.node("Identity", [low.stored(_key(owner, module))], y)
+
+
+def _key(owner: str, module: nn.Module) -> str:
+    """The key of a layer's float weight."""
+    return owner.removesuffix(".") if is_bare(module) else f"{owner}weight"
+
+
 def _looked_up(proto: Any) -> list[str]:
     """The paths of the open sites that are embeddings."""
     open_sites = [node for node in proto.graph.node if node.domain == DOMAIN]
@@ -89,6 +105,8 @@ def _looked_up(proto: Any) -> list[str]:
 
 def _owner(low: Lowered, path: str, module: nn.Module) -> str:
     """What the keys of a layer's stored weight begin with: those of the first layer that holds it."""
+    if is_bare(module):
+        return f"{low.keys[path.removesuffix(TURNED)]}."
     name = "integers" if isinstance(module, QuantizedLayer) else "weight"
     return low.keys[f"{_prefix(path)}{name}"].removesuffix(name)
 

@@ -95,16 +95,32 @@ class Branching(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """(B, L, D) -> (B, 3) from the last state of an LSTM in both directions."""
+    """(B, L, D) -> (B, 3) from the last place of what a recurrent layer makes of it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(width, width, num_layers=2, bidirectional=True, batch_first=True)
-        self.head = nn.Linear(2 * width, 3)
+        self.layer = layer
+        self.head = nn.Linear((1 + layer.bidirectional) * (layer.proj_size or layer.hidden_size), 3)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        logits: Tensor = self.head(self.lstm(x)[0][:, -1])
+        logits: Tensor = self.head(self.layer(x)[0][:, -1])
+        return logits
+
+
+class CellByCell(nn.Module):
+    """(B, L, D) -> (B, 3): a GRU's cell runs place after place."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        state = torch.zeros_like(x[:, 0])
+        for place in x.unbind(1):
+            state = self.cell(place, state)
+        logits: Tensor = self.head(state)
         return logits
 
 
@@ -163,6 +179,23 @@ class SelfAttention(nn.Module):
         return logits
 
 
+class CrossAttention(nn.Module):
+    """(B, L, D) -> (B, 3): attention to other places than its own, by one packed weight and by three."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.packed = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.apart = nn.MultiheadAttention(width, 2, batch_first=True, kdim=width // 2, vdim=width // 2)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        memory, half = torch.tanh(x), x[..., : x.shape[-1] // 2]
+        hidden = self.packed(x, memory, memory, need_weights=False)[0]
+        logits: Tensor = self.head(self.apart(hidden, half, half, need_weights=False)[0].mean(1))
+        return logits
+
+
 class FirstPlace(nn.Module):
     """(B, L, D) -> (B, D): the first place of each sequence."""
 
@@ -172,16 +205,19 @@ class FirstPlace(nn.Module):
 
 
 class BareParameter(nn.Module):
-    """(B, D) -> (B, 3); a parameter that belongs to no layer is used by functional.linear."""
+    """(B, D) -> (B, 3); parameters that belong to no layer are multiplied with in several ways, and one is added."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.matrix = nn.Parameter(torch.randn(3, width))
+        self.columns, self.rows = (nn.Parameter(torch.randn(width, width) / 4) for _ in range(2))
+        self.offsets = nn.Parameter(torch.randn(1, width))
         self.body = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
-        return functional.linear(torch.relu(self.body(x)), self.matrix)
+        hidden = torch.relu(self.body(x) + self.offsets) @ self.columns
+        return functional.linear(torch.relu(torch.matmul(hidden, self.rows.T)), self.matrix)
 
 
 class Scaled(nn.Module):

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from flyweight import discover, transforms
+from flyweight.analysis.bare import layer_at
 from flyweight.analysis.sites import Analysis, analyse
 from flyweight.analysis.trace import trace
 from flyweight.records import Batch, Plan, Step
@@ -120,7 +121,7 @@ def plans_of(method: str, model: nn.Module, analysis: Analysis, examples: Sequen
     found: dict[str, list[Step]] = {}
     for site in analysis.sites:
         for options in module.levels(site) if fits is None or site.name in fits else ():
-            if module.refuse(site, options, model.get_submodule(site.name)) is None:
+            if module.refuse(site, options, layer_at(model, site.name)) is None:
                 plain = _options.plain(options)
                 found.setdefault(json.dumps(plain), []).append(Step(method, site.name, plain))
     return [Plan(tuple(steps)) for steps in found.values()]

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from flyweight import discover, transforms
+from flyweight.analysis.bare import TURNED, layer_at
 from flyweight.analysis.sites import analyse, model_bytes
 from flyweight.errors import DataError, UsageError, foreign
 from flyweight.inputs.check import call, digest, run
@@ -128,7 +129,7 @@ def refusal_truthful(case: Case) -> None:
         for site in case.analysis.sites:
             if step.method in transforms.ORDER and site.name != step.site:
                 continue  # its options name a place that belongs to this site alone
-            reason = method.refuse(site, options, case.original.get_submodule(site.name))
+            reason = method.refuse(site, options, layer_at(case.original, site.name))
             _judge(case, Step(step.method, site.name, step.options), reason, site)
 
 
@@ -137,13 +138,13 @@ def others_untouched(case: Case) -> None:
     if hasattr(discover.method("transforms", case.method), "together"):
         raise NotApplicable("its steps change the layers around their sites too")
     sites = {site.name: site for site in case.analysis.sites}
-    places = {path for step in case.plan.steps for path in sites[step.site].paths}
+    places = {path.removesuffix(TURNED) for step in case.plan.steps for path in sites[step.site].paths}
     places |= {
         str(value) for step in case.plan.steps for name, value in step.options.items() if name == "norm"
     }
     before, after = case.original.state_dict(), case.changed.state_dict()
     for key, tensor in before.items():
-        if not any(key.startswith(f"{place}." if place else "") for place in places):
+        if not any(key == place or key.startswith(f"{place}." if place else "") for place in places):
             require(key in after and torch.equal(tensor, after[key]), f"{key} changed")
 
 

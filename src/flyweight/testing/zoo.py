@@ -39,7 +39,7 @@ TRAITS = {
     "no_parameters": "nothing to optimize",
     "outside": "a layer whose weight is read without calling the layer",
     "record_output": "the output is a dataclass",
-    "recurrent": "an LSTM",
+    "recurrent": "an LSTM, a GRU or a cell of one",
     "relu6": "a ReLU6",
     "residual": "a sum of two branches",
     "reused": "a layer that one forward pass calls more than once",
@@ -184,6 +184,14 @@ def _transposed() -> nn.Module:
     )  # fmt: skip
 
 
+def _lstm() -> nn.Module:
+    return awkward.Recurrent(nn.LSTM(16, 16, num_layers=2, bidirectional=True, batch_first=True))
+
+
+def _gru() -> nn.Module:
+    return awkward.Recurrent(nn.GRU(16, 8, bias=False, batch_first=True))
+
+
 def _encoder() -> nn.Module:
     layers = [
         nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", norm_first=first, batch_first=True)
@@ -296,12 +304,18 @@ ZOO: tuple[Zoo, ...] = (
     _zoo("concat_split", lambda: awkward.ConcatSplit(8), _images, "",
          "channels that move: put together, taken apart elsewhere"),
     _zoo("branching", lambda: awkward.Branching(16), _vectors, "branching", "no trace shows the whole model"),
-    _zoo("lstm", lambda: awkward.Recurrent(16), _sequences, "recurrent dynamic",
+    _zoo("lstm", _lstm, _sequences, "recurrent dynamic",
          "weights in no Linear, and a flat copy of them inside"),
+    _zoo("gru", _gru, _sequences, "recurrent dynamic",
+         "gates that runtimes want in another order, and a product within a gate"),
+    _zoo("gru_cell", lambda: awkward.CellByCell(16), _sequences, "recurrent reused dynamic",
+         "a loop of the model's own over places: a graph holds one length"),
     _zoo("recommender", lambda: awkward.Recommender(100, 200, 16), _baskets, "embedding dict_input dynamic",
          "the bytes are in tables, which no matrix product touches"),
     _zoo("attention", lambda: awkward.SelfAttention(16), _sequences, "attention outside dynamic",
          "the output projection is read, never called: replacing its module breaks it"),
+    _zoo("cross_attention", lambda: awkward.CrossAttention(16), _sequences, "attention outside dynamic",
+         "parts of one weight read different inputs; others are weights of their own"),
     _zoo("encoder", _encoder, _sequences, "attention outside layernorm dropout dynamic",
          "in eval mode a fused path reads all weights without calling a layer"),
     _zoo("layer_norm", _layer_norm, _vectors, "layernorm", "scales that can move into the next layer"),
@@ -310,7 +324,7 @@ ZOO: tuple[Zoo, ...] = (
     _zoo("no_parameters", lambda: nn.Sequential(nn.ReLU(), nn.Flatten()), _vectors, "no_parameters",
          "nothing to optimize"),
     _zoo("bare_parameter", lambda: awkward.BareParameter(16), _vectors, "functional",
-         "a weight in no layer: a walk over layers does not see it"),
+         "weights in no layer, some of them turned: a walk over layers does not see them"),
     _zoo("shared_buffer", _shared_buffer, _vectors, "shared_buffer frozen",
          "a buffer that two modules hold, and a parameter that must not be trained"),
     _zoo("forgotten_eval", _forgotten, _vectors, "training dropout batchnorm",

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from flyweight import discover
+from flyweight.analysis.bare import layer_at
 from flyweight.analysis.sites import kind_of
 from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
@@ -25,6 +26,7 @@ from flyweight.records import Plan, Site, Step
 from flyweight.transforms import _options, _sequential
 from flyweight.transforms._contract import Context as Context
 from flyweight.transforms._copies import substitute as substitute
+from flyweight.transforms._copies import view as view
 from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
@@ -123,7 +125,7 @@ def _ready(model: nn.Module, step: Step, where: str, known: Mapping[str, Site]) 
     """The method, site and options of a step that is not refused."""
     method = discover.method("transforms", step.method)
     site, options = _site(step, where, known)
-    reason = method.refuse(site, options, model.get_submodule(site.name))
+    reason = method.refuse(site, options, layer_at(model, site.name))
     if reason:
         raise UsageError(f"{step.method} does not fit {site.name}: {reason}", where=where)
     return method, site, options

@@ -7,7 +7,7 @@ layer. Runtimes that compute with integers read the same buffers (`flyweight.run
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call
 
 from flyweight import discover
+from flyweight.analysis.bare import is_bare
 from flyweight.codes import Grid
 
 Activations = Literal["float", "dynamic", "rows", "static", "blocks"]
@@ -24,7 +25,16 @@ class Decoded(torch.Tensor):
     """A weight handed out to code that asks for it.
 
     Being no plain tensor, it keeps PyTorch's fused transformer layers from computing past the layer, which rounds its input.
+    What is computed from it is plain.
     """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """What the function gives for plain tensors."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class QuantizedLayer(nn.Module):
@@ -162,6 +172,15 @@ class QuantizedLayer(nn.Module):
         low, high = low.clamp(max=0), high.clamp(min=0)
         scale = ((high - low) / 255).clamp(min=1e-30)
         return round_to(x, scale, (-low / scale).round().clamp(0, 255))
+
+
+def unfit(module: nn.Module) -> str | None:
+    """Why no method can round the inputs of a layer, or change it at all, or None."""
+    if isinstance(module, QuantizedLayer):
+        return "it is quantized already"
+    return (
+        "its weight is read, and no layer called whose inputs could be rounded" if is_bare(module) else None
+    )
 
 
 def shell(layer: nn.Module) -> nn.Module:

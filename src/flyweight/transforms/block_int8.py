@@ -22,7 +22,7 @@ from flyweight.errors import UsageError
 from flyweight.records import JSON, Site
 from flyweight.transforms import weight_only
 from flyweight.transforms._contract import Context
-from flyweight.transforms._quantized import QuantizedLayer
+from flyweight.transforms._quantized import QuantizedLayer, unfit
 
 BITS = (4, 8)
 GROUPS = (16, 32, 64, 128, 256)
@@ -80,6 +80,8 @@ def levels(site: Site) -> Sequence[Options]:
 
 def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None."""
+    if unfit(module):
+        return unfit(module)
     if site.kind != "linear":
         return "blocks of integers are multiplied in linear layers only; use weight_only"
     if getattr(site, "tied", ()):

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from flyweight.analysis.bare import layer_at
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
 from flyweight.transforms._int8 import cannot_add, corrected, int8, misfit, require_bias
-from flyweight.transforms._quantized import QuantizedLayer
+from flyweight.transforms._quantized import unfit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,8 @@ def levels(site: Site) -> Sequence[Options]:
 
 def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None."""
-    if isinstance(module, QuantizedLayer):
-        return "it is quantized already"
+    if unfit(module):
+        return unfit(module)
     if site.kind != "linear":
         return "dynamic ranges are for linear layers; use static_int8"
     return misfit(module, site.kind) or cannot_add(module, options.bias)
@@ -54,7 +55,7 @@ def closeness(options: Options) -> float:
 
 def replace(model: nn.Module, site: Site, options: Options, context: Context) -> Mapping[str, nn.Module]:
     """The quantized layer at its path; the model is not changed."""
-    module, seen = model.get_submodule(site.name), context.statistics.get(site.name)
+    module, seen = layer_at(model, site.name), context.statistics.get(site.name)
     layer = int8(module, site.kind, reduced=options.reduced)
     corrected(layer, module, site.kind, None if seen is None else seen.mean, options.bias)
     return {site.name: layer.dynamic(rows=options.per_row)}

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from flyweight import discover
+from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.codes import integer
 from flyweight.codes._options import require, require_one_of
 from flyweight.errors import UsageError
@@ -23,7 +24,7 @@ from flyweight.transforms import weight_only
 from flyweight.transforms._contract import Context
 from flyweight.transforms._int8 import activation_grid
 from flyweight.transforms._learned import LearningLayer
-from flyweight.transforms._quantized import is_transposed, rows
+from flyweight.transforms._quantized import is_transposed, rows, unfit
 
 CODES = ("integer", "ternary")
 """Codes whose values are evenly spaced, so that one step tells them all."""
@@ -93,6 +94,8 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None."""
     if isinstance(module, LearningLayer):
         return "it is in training already; freeze it first"
+    if is_bare(module):
+        return unfit(module)
     if site.kind == "embedding" and options.activations is not None:
         return "embeddings have no inputs to round"
     return weight_only.refuse(site, options.stored, module)
@@ -110,7 +113,7 @@ def replace(model: nn.Module, site: Site, options: Options, context: Context) ->
 
     Without statistics for the site, as when a stored artifact is rebuilt, ranges of inputs are placeholders of 1.
     """
-    module, stored = model.get_submodule(site.name), options.stored
+    module, stored = layer_at(model, site.name), options.stored
     weight = rows(module, site.kind).float()
     if context.rebuilding:
         weight = torch.zeros_like(weight)

@@ -27,7 +27,7 @@ from flyweight.transforms import _moved
 from flyweight.transforms._contract import Context
 from flyweight.transforms._copies import view
 from flyweight.transforms._neighbours import Link, Neighbours, find, scaled
-from flyweight.transforms._quantized import QuantizedLayer, rows
+from flyweight.transforms._quantized import rows, unfit
 
 _ROWS = 256
 """Output channels of a layer, evenly spread, on which scales are compared."""
@@ -94,8 +94,8 @@ def places(model: nn.Module, examples: Sequence[Batch]) -> tuple[str, ...]:
 
 def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None; what only the running model tells is refused when it is applied."""
-    if isinstance(module, QuantizedLayer):
-        return "it is quantized already"
+    if unfit(module):
+        return unfit(module)
     if site.kind != "linear":
         return "only the inputs of linear layers are scaled"
     outputs, inputs = rows(module, site.kind).shape

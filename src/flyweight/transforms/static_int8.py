@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from flyweight.analysis.bare import layer_at
 from flyweight.codes._options import require
 from flyweight.records import Site
 from flyweight.transforms._contract import Context
 from flyweight.transforms._int8 import activation_grid, cannot_add, corrected, int8, misfit, require_bias
-from flyweight.transforms._quantized import QuantizedLayer
+from flyweight.transforms._quantized import unfit
 
 RANGES = ("minmax", "percentile", "mse")
 
@@ -44,8 +45,8 @@ def levels(site: Site) -> Sequence[Options]:
 
 def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why the options do not fit the site, or None."""
-    if isinstance(module, QuantizedLayer):
-        return "it is quantized already"
+    if unfit(module):
+        return unfit(module)
     if site.kind == "embedding":
         return "embeddings have no input range; use weight_only"
     return misfit(module, site.kind) or cannot_add(module, options.bias)
@@ -64,7 +65,7 @@ def replace(model: nn.Module, site: Site, options: Options, context: Context) ->
     seen = context.statistics.get(site.name)
     input_grid = (1.0, 0) if seen is None else activation_grid(seen.input, options.range)
     output_grid = (1.0, 0) if seen is None else activation_grid(seen.output, options.range)
-    module = model.get_submodule(site.name)
+    module = layer_at(model, site.name)
     layer = int8(module, site.kind, reduced=options.reduced, input_scale=input_grid[0])
     corrected(layer, module, site.kind, None if seen is None else seen.mean, options.bias)
     return {site.name: layer.static(input_grid, output_grid)}
