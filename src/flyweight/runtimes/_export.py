@@ -96,7 +96,7 @@ class _OpenSite(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """An open node that gives the weight, for code that asks for it."""
-        attributes = {"path": self.path, "kind": "weight", "bias": 0}
+        attributes: dict[str, Any] = {"path": self.path, "kind": "weight", "bias": 0}
         found: torch.Tensor = torch.onnx.ops.symbolic(
             f"{DOMAIN}::Site", [], attributes, dtype=self.dtype, shape=self.shape, version=1
         )

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from flyweight import discover
-from flyweight.analysis.bare import layer_at
+from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.analysis.sites import kind_of
 from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
@@ -102,7 +102,7 @@ def _changes(
     def change(path: str, context: Context) -> Mapping[str, nn.Module]:
         return _replaced(model, ready[path], *steps[path], context)
 
-    wants = {path: _learns(ready[path]) for path in known if path in ready}
+    wants = {path: _learns(ready[path], model) for path in known if path in ready}
     learning = [path for path, wanted in wants.items() if wanted != "nothing"]
     if learning and len(context.examples) and not context.rebuilding:
         others = [path for path in ready if path not in learning]
@@ -115,10 +115,14 @@ def _changes(
     return {path: new for site in ready for path, new in change(site, context).items()}
 
 
-def _learns(ready: _Ready) -> str:
-    """What a method asks the context for: "nothing", "gram" or "cross", which is both; one without `learns`, nothing."""
-    method, _, options = ready
-    return str(method.learns(options)) if hasattr(method, "learns") else "nothing"
+def _learns(ready: _Ready, model: nn.Module) -> str:
+    """What a method asks the context for: "nothing", "gram" or "cross", which is both; one without `learns`, nothing.
+
+    Weights that are read, in no layer that is called in its turn, have the original's matrices.
+    """
+    method, site, options = ready
+    able = hasattr(method, "learns") and not is_bare(layer_at(model, site.name))
+    return str(method.learns(options)) if able else "nothing"
 
 
 def _ready(model: nn.Module, step: Step, where: str, known: Mapping[str, Site]) -> _Ready:

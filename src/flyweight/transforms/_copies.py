@@ -50,7 +50,8 @@ def _planted(model: nn.Module, changes: Mapping[str, nn.Module]) -> dict[int, An
 def _reading(model: nn.Module) -> nn.Module:
     """The model, whose modules read a parameter's value from the module that was planted in its place."""
     for module in list(model.modules()):
-        held = {name: new for name, new in module._parameters.items() if isinstance(new, nn.Module)}
+        given: Mapping[str, Any] = module._parameters
+        held = {name: new for name, new in given.items() if isinstance(new, nn.Module)}
         for name, new in held.items():
             del module._parameters[name]
             module._modules[name] = new
@@ -67,7 +68,7 @@ def _read(module: nn.Module, names: tuple[str, ...]) -> None:
 
 
 @functools.cache
-def _reader(kind: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+def _reader(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """One class for all modules that read the same, so that they count as alike."""
     known: dict[str, Any] = {name: property(functools.partial(_weight, name=name)) for name in names}
     if issubclass(kind, nn.RNNBase):

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from flyweight.analysis import blocks
+from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.analysis.blocks import Arguments, Chain
 from flyweight.analysis.gram import both, grams
 from flyweight.records import Batch
@@ -133,7 +134,7 @@ def in_order(model: nn.Module, work: Work) -> Changes | None:
     if any(len(found) > 1 for found in homes.values()):
         return None  # what a block shares with others cannot be changed when its turn comes
     outside = {site for site, found in homes.items() if found == {None}}
-    watched = {path for site in outside for path in work.paths(site)}
+    watched = {path for site in outside for path in work.paths(site) if not is_bare(layer_at(model, path))}
     order = blocks.calls(model, {*watched, chain.paths[0]}, examples[0])
     before = order[: order.index(chain.paths[0])]
     early = {site for site in outside if any(path in before for path in work.paths(site))}
