@@ -114,7 +114,7 @@ class Site:
     """A place in a model where something can be decided."""
 
     name: str
-    """The module's path in the model, as in `model.named_modules()`."""
+    """The module's path in the model, as in `model.named_modules()`, or that of a parameter, see `analysis.bare`."""
     kind: Literal["linear", "conv", "embedding"]
     """What the module computes."""
     parameters: int

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.analysis.gram import grams, lazily
 from flyweight.analysis.sites import analyse, plain_site
 from flyweight.errors import UsageError
@@ -134,8 +135,8 @@ def test_models_of_the_zoo(name: str) -> None:
         pytest.skip(str(missing(entry)))
     model, examples = entry.build().eval(), list(entry.examples())
     sites = analyse(model, examples).sites
-    learning = [site.name for site in sites if site.kind == "linear"]
-    others = [site.name for site in sites if site.kind == "embedding"]
+    learning = [s.name for s in sites if s.kind == "linear" and not is_bare(layer_at(model, s.name))]
+    others = [site.name for site in sites if site.name not in learning and site.kind != "conv"]
     before = digest(model.state_dict())
     spied(model, examples, learning, others)
     assert digest(model.state_dict()) == before
