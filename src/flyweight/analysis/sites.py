@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from flyweight.analysis._patches import input_sums, row_count
+from flyweight.analysis._patches import input_sums, row_count, same_values
 from flyweight.analysis.bare import TURNED, is_bare, layer_at, parameter_path
 from flyweight.analysis.calls import Call, Watch, owners, sharers, tensors_in, unfused
 from flyweight.errors import DataError
@@ -174,7 +174,7 @@ class _Recorder:
         if self.first:
             seen.calls = 1 if owner in self._read else seen.calls + 1
             seen.macs += _macs(call)
-            seen.own_input &= owner not in self._read and _same_values(active[0], call.input)
+            seen.own_input &= owner not in self._read and same_values(active[0], call.input)
         if owner not in self._left:
             self._statistics(path, seen, call)
 
@@ -386,19 +386,3 @@ def _macs(call: Call) -> int:
         return 0
     per_output = call.weight.numel() // call.weight.shape[1 if call.kind == "addmm" else 0]
     return int(call.output.numel()) * int(per_output)
-
-
-def _same_values(module_input: Any, operand: torch.Tensor) -> bool:
-    """Whether two tensors hold the same values up to zero padding and reshaping; sums tell them apart well enough."""
-    if module_input is operand:
-        return True
-    if not isinstance(module_input, torch.Tensor) or module_input.dtype != operand.dtype:
-        return False
-    if not operand.is_floating_point():
-        return bool(
-            module_input.numel() == operand.numel() and torch.equal(module_input.flatten(), operand.flatten())
-        )
-    first, second = (t.detach().double() for t in (module_input, operand))
-    return torch.allclose(
-        first.sum(), second.sum(), rtol=1e-9, atol=1e-9 * float(first.abs().sum()) + 1e-30
-    ) and (torch.allclose(first.square().sum(), second.square().sum(), rtol=1e-9, atol=1e-30))

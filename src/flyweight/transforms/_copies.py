@@ -62,7 +62,7 @@ def _reading(model: nn.Module) -> nn.Module:
 
 def _read(module: nn.Module, names: tuple[str, ...]) -> None:
     """Make attributes of a module the weights of its children of those names; recurrent layers list theirs anew."""
-    module.__class__ = _reader(type(module), names)
+    module.__class__ = _reader(cast(Any, type(module)), names)
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
 
