@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as trees
 
 from flyweight import transforms
+from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.analysis.blocks import blocks, called, stream
 from flyweight.records import Batch
 from flyweight.runtimes._attention import FourDimensional
@@ -198,12 +199,12 @@ def _posing(model: nn.Module, leader: str, path: str, sites: Sequence[str]) -> n
     """The leader's block with the layers, parameters and buffers of another."""
     block, begin = model.get_submodule(path), f"{path}."
     inside = [site.removeprefix(begin) for site in sites if site.startswith(begin)]
-    own = transforms.substitute(
-        model.get_submodule(leader), {name: block.get_submodule(name) for name in inside}
-    )
+    layers = {name: layer_at(block, name) for name in inside}
+    changes = {name: layer for name, layer in layers.items() if not is_bare(layer)}
+    own = transforms.substitute(model.get_submodule(leader), changes)
     for name, value in _state(block):
         owner, _, last = name.rpartition(".")
-        setattr(own.get_submodule(owner), last, value)
+        setattr(layer_at(own, owner), last, value)
     return own.eval()
 
 
