@@ -166,7 +166,7 @@ class Watch(Functions):
                 del used[id(operand)]
                 call = Call(seen_as, x, view.weight, bias, result, layout, view.first)
                 self._seen(self._weights[id(view.weight)], call)
-        elif used and self._keep_views(next(iter(used.values())), result):
+        elif used and not _in_place(name) and self._keep_views(next(iter(used.values())), result):
             return
         for path in {self._weights[id(view.weight)] for view in used.values() if view is not None}:
             if name != "__get__":
@@ -184,6 +184,11 @@ class Watch(Functions):
             return False
         self._views |= {id(view.tensor): view for view in found}
         return True
+
+
+def _in_place(name: str) -> bool:
+    """Whether a function of this name changes what it is given."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
