@@ -95,6 +95,8 @@ def equal(model: nn.Module, twin: nn.Module, sites: Sequence[str], example: Batc
     chain = blocks(model, example)
     if chain is None or len(chain.paths) < LEAST:
         return None
+    if not {*chain.paths}.isdisjoint(sites):  # a site is one open node already, whatever its neighbours are
+        return None
     found = stream(model, chain, [example])
     if found is None or not all(arguments[0].args for arguments in found.arguments):
         return None
