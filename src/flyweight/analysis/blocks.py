@@ -110,7 +110,13 @@ def calls(model: nn.Module, paths: Collection[str], example: Batch) -> tuple[str
 
 def leaving(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> torch.Tensor:
     """The hidden state after a block that is given `state`, which stays as it is; ModelError where it gives no tensor."""
-    output = _first(called(block, arguments, state))
+    with torch.no_grad():
+        return passing(block, arguments, state)
+
+
+def passing(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> torch.Tensor:
+    """As `leaving`, with gradients."""
+    output = _first(_called(block, arguments, state))
     if output is None:
         raise ModelError("a block must give a tensor first", got="none", where=type(block).__name__)
     return output
@@ -118,10 +124,15 @@ def leaving(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> torc
 
 def called(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> Any:
     """All that a block gives when it gets `state`, which stays as it is."""
+    with torch.no_grad():
+        return _called(block, arguments, state)
+
+
+def _called(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> Any:
     state = state.clone()
     args = (state, *arguments.args[1:]) if arguments.args else ()
     kwargs = dict(arguments.kwargs) if args else {**arguments.kwargs, _STATE: state}
-    with torch.no_grad(), unfused():
+    with unfused():
         return block(*args, **kwargs)
 
 

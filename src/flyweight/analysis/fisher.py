@@ -12,7 +12,6 @@ Shapes: O output channels of a site. Padding tokens are outputs like any other.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -22,11 +21,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from flyweight.analysis.calls import Call, Watch, tensors_in, unfused
+from flyweight.analysis import answers
+from flyweight.analysis.answers import output_of
+from flyweight.analysis.answers import vocabularies_of as vocabularies_of
+from flyweight.analysis.calls import Call, Watch, unfused
 from flyweight.analysis.gram import site_weights
-from flyweight.errors import DataError, foreign
-from flyweight.inputs._examples import shape
-from flyweight.inputs.check import call
+from flyweight.errors import DataError
 from flyweight.records import Batch
 
 ENOUGH = 4096
@@ -117,35 +117,17 @@ def forward(
 
     Raises DataError when the model refuses the example.
     """
-    batch = examples[index]
-    where = f"examples[{index}], {shape(batch)}"
-    with (
-        foreign(DataError, "the model must accept every example, with gradients", where=where),
-        Watch(weights, note, lambda path, function: None),
-    ):
-        return call(model, batch)
-
-
-def vocabularies_of(model: nn.Module) -> set[int]:
-    """How many rows the model's embeddings have."""
-    return {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    with Watch(weights, note, lambda path, function: None):
+        return output_of(model, examples, index)
 
 
 def answer(
     output: Any, vocabularies: Collection[int], random: torch.Generator
 ) -> tuple[list[torch.Tensor], list[torch.Tensor], int]:
-    """Outputs, the slope of a drawn answer's log-likelihood by each, and the number of predictions.
-
-    An output is logits when it is called so, or when its last dimension is as long as an embedding.
-    """
-    record = dataclasses.is_dataclass(output) and not isinstance(output, Mapping)
-    parts = vars(output) if record else output
-    floats = [one for one in tensors_in([parts]) if one.is_floating_point() and one.ndim]
-    named = parts.get("logits") if isinstance(parts, Mapping) else None
-    if named is None and floats and floats[0].ndim > 1 and floats[0].shape[-1] in vocabularies:
-        named = floats[0]
-    asked = [named] if named is not None else floats
-    slopes = [_categorical(one, random) if named is not None else _normal(one, random) for one in asked]
+    """Outputs, the slope of a drawn answer's log-likelihood by each, and the number of predictions."""
+    said = answers.answer(output, vocabularies)
+    asked = said.tensors
+    slopes = [_categorical(one, random) if said.logits else _normal(one, random) for one in asked]
     count = asked[0].numel() // max(asked[0].shape[-1], 1) if asked else 0
     follows = [one.requires_grad for one in asked]
     return (

@@ -7,6 +7,7 @@ table over channels of which one is all zeros holds 0, so that such a channel de
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -87,8 +88,9 @@ def fit(weight: torch.Tensor, options: Options, energy: torch.Tensor | None = No
 
 
 def storable(grid: Grid, options: Options) -> Grid:
-    """The same grid with scales as they can be stored."""
-    return _stored.with_scales(grid, options.table)
+    """The same grid with scales and tables as they can be stored."""
+    table = None if grid.table is None else _stored.kept(grid.table, options.table)
+    return dataclasses.replace(_stored.with_scales(grid, options.table), table=table)
 
 
 def store(integers: torch.Tensor, grid: Grid, options: Options) -> dict[str, torch.Tensor]:

@@ -66,7 +66,8 @@ class Case:
     def apply(self, model: nn.Module | None = None, context: Context | None = None) -> nn.Module:
         """The plan applied to the model, or to another, with what was seen of this one, or another context."""
         methods = {discover.method("transforms", step.method) for step in self.plan.steps}
-        few = self.examples if any(hasattr(method, "together") for method in methods) else ()
+        whole = any(hasattr(method, name) for method in methods for name in ("together", "finish"))
+        few = self.examples if whole else ()
         seen = Context(self.analysis.statistics, examples=few) if context is None else context
         return transforms.apply(self.model if model is None else model, self.plan, self.analysis.sites, seen)
 

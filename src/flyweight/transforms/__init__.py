@@ -4,14 +4,18 @@ A method file holds `Options`, `levels(site)`, `refuse(site, options, module)` a
 which returns new modules by path. `learns(options)` says which matrices it asks the context for.
 A method of ORDER whose steps change one another's layers has `together(model, steps, context)` besides: the new modules for
 all its steps, by site, and what is known of the changed model; its errors say at which site.
+A method that goes on once layers are changed has `pieces(model, examples)`, the examples that it wants to see;
+`settle(place, changes, options by site)`, the new modules of a block in view of what leaves it; and
+`finish(original, model, options by site, context)`, new modules by path in view of the whole changed model, or none.
 `closeness(options)` says how far outputs may move; a method without it is exact.
 Copying, ordering, checking and refusing are done here, once for all methods.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -41,10 +45,16 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
 
     Raises UsageError for an unknown method, site or option, two steps of one stage at one site, or a refused step.
     """
-    known = {site.name: site for site in sites}
+    known, original = {site.name: site for site in sites}, model
+    finishing = _finishing(plan, known) if len(context.examples) and not context.rebuilding else []
+    for method, _ in finishing:
+        context = dataclasses.replace(context, examples=method.pieces(model, context.examples))
     for stage in _stages(plan) or [[]]:  # no step at all still gives a copy
         changes, context = _staged(model, stage, known, context)
         model = substitute(model, changes)
+    for method, chosen in finishing:
+        changes = method.finish(original, model.eval(), chosen, context)
+        model = substitute(model, changes) if changes else model
     return model.eval()
 
 
@@ -70,6 +80,15 @@ def _stages(plan: Plan) -> list[list[tuple[int, Step]]]:
         taken.add((rank, step.site))
         stages.setdefault(rank, []).append((index, step))
     return [stages[rank] for rank in sorted(stages)]
+
+
+def _finishing(plan: Plan, known: Mapping[str, Site]) -> list[tuple[ModuleType, Mapping[str, Any]]]:
+    """The methods that finish the whole model, each with the options at its sites."""
+    found: dict[str, dict[str, Any]] = {}
+    for index, step in enumerate(plan.steps):
+        if hasattr(discover.method("transforms", step.method), "finish"):
+            found.setdefault(step.method, {})[step.site] = _site(step, f"steps[{index}]", known)[1]
+    return [(discover.method("transforms", name), options) for name, options in found.items()]
 
 
 def _staged(
@@ -104,15 +123,35 @@ def _changes(
 
     wants = {path: _learns(ready[path], model) for path in known if path in ready}
     learning = [path for path, wanted in wants.items() if wanted != "nothing"]
-    if learning and len(context.examples) and not context.rebuilding:
+    settle = _settling(ready)
+    if (learning or settle) and len(context.examples) and not context.rebuilding:
         others = [path for path in ready if path not in learning]
         drifting = {path for path, wanted in wants.items() if wanted == "cross"}
         tied = {path: known[path].tied for path in ready if known[path].tied}
-        work = _sequential.Work(learning, others, drifting, context, change, tied)
+        work = _sequential.Work(learning, others, drifting, context, change, tied, settle)
         found = _sequential.in_order(model, work)
         if found is not None:
             return found
     return {path: new for site in ready for path, new in change(site, context).items()}
+
+
+def _settling(
+    ready: Mapping[str, _Ready],
+) -> Callable[[_sequential.Place, _sequential.Changes], _sequential.Changes] | None:
+    """What the methods make of a block's new modules, or None where none has use for that."""
+    methods = {method.__name__: method for method, _, _ in ready.values() if hasattr(method, "settle")}
+    if not methods:
+        return None
+
+    def settle(place: _sequential.Place, found: _sequential.Changes) -> _sequential.Changes:
+        for name, method in methods.items():
+            chosen = {
+                path: one[2] for path, one in ready.items() if one[0].__name__ == name and path in found
+            }
+            found = method.settle(place, found, chosen) if chosen else found
+        return found
+
+    return settle
 
 
 def _learns(ready: _Ready, model: nn.Module) -> str:

@@ -76,6 +76,16 @@ class QuantizedLayer(nn.Module):
         for name, tensor in stored.items():
             self.register_buffer(name, tensor)
 
+    def recoded(self, integers: torch.Tensor, grid: Grid) -> QuantizedLayer:
+        """A layer like this one with other integers (O, I) on a grid of its code; tied with no other."""
+        twin = copy.copy(self)
+        nn.Module.__init__(twin)
+        twin.inner, twin.training, twin.sharing = copy.deepcopy(self.inner), self.training, [twin]
+        stored = discover.method("codes", self.code).store(integers, grid, self.options)
+        for name, tensor in {**self._buffers, **stored}.items():
+            twin.register_buffer(name, tensor)
+        return twin
+
     def beside(self, inner: nn.Module, *, rounding: bool) -> QuantizedLayer:
         """A layer with the same stored tensors for a module whose weight is tied with this one's.
 

@@ -12,6 +12,7 @@ caller, as are examples that take different ways through it: then all is learned
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
@@ -46,6 +47,8 @@ class Work:
     """The new modules for a site, with what the context knows."""
     tied: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """By site: the other modules that hold its weight, which change with it."""
+    settle: Callable[[Place, Changes], Changes] | None = None
+    """What becomes of a block's new modules when all are there, in view of what leaves the block."""
 
     @property
     def sites(self) -> list[str]:
@@ -71,6 +74,13 @@ class Place:
     arguments: Sequence[Arguments]
     original: Sequence[torch.Tensor]
     current: Sequence[torch.Tensor]
+    share: float = 1.0
+    """Which part of the model's blocks it is: one over their number."""
+
+    @functools.cached_property
+    def wanted(self) -> tuple[torch.Tensor, ...]:
+        """What leaves the block of the original in each example."""
+        return _after(self.block, self.arguments, self.original)
 
     def examples(self) -> list[Batch]:
         """What the sides take."""
@@ -162,11 +172,13 @@ def _along(model: nn.Module, chain: Chain, early: Changes, work: Work) -> Change
         return None
     original, current = stream.states, entering or stream.states
     for path, arguments in zip(chain.paths, stream.arguments, strict=True):
-        place = Place(path, model.get_submodule(path), arguments, original, current)
+        place = Place(path, model.get_submodule(path), arguments, original, current, 1 / len(chain.paths))
         found = within(place, work.among([site for site in work.sites if _inside(site, path)]))
+        if work.settle is not None:
+            found = work.settle(place, found)
         changes |= found
         if path != chain.paths[-1]:
-            original, current = behind(place, found, bool(work.drifting))
+            original, current = behind(place, found, bool(work.drifting) or work.settle is not None)
     return changes
 
 
@@ -174,7 +186,7 @@ def behind(place: Place, found: Changes, drifting: bool) -> tuple[tuple[torch.Te
     """The original's and the current hidden states behind a block; one and the same where nobody asks how far they drift."""
     current = _after(place.changed(found), place.arguments, place.current)
     apart = drifting and (found or place.current is not place.original)
-    return _after(place.block, place.arguments, place.original) if apart else current, current
+    return place.wanted if apart else current, current
 
 
 def within(place: Place, work: Work) -> Changes:
