@@ -174,7 +174,10 @@ class Run:
         kept = self.study.trials()
         done = {(trial.runtime, trial.plan.digest()) for trial in kept}
         trials = [*kept, *(t for t in self.skipped if (t.runtime, t.plan.digest()) not in done)]
-        found = [best if _same(m, best) else m for m in measured_of(trials)]
+        found = measured_of(trials)
+        front = choose.front(
+            [*found, original], self.goal, original
+        )  # all as they were measured beside one another
         samples = self.bench.original.samples if self.bench.original else None
         lossy = [m for m in found if m.drop_interval and m.drop]
         return Result(
@@ -185,7 +188,7 @@ class Run:
             machine=machine(),
             baseline=original,
             best=best,
-            front=choose.front([*found, original], self.goal, original),
+            front=tuple(best if _same(m, best) else m for m in front),
             trials=tuple(dataclasses.replace(trial, number=index) for index, trial in enumerate(trials)),
             layers=self._layers(hunt, best),
             resolution=advice.resolution(

@@ -69,22 +69,14 @@ class Session:
 
 @contextmanager
 def begin(task: Task, goal: Goal, progress: Progress) -> Iterator[Session]:
-    """Check and analyse a task; meanwhile PyTorch has the thread count that suits the original.
-
-    The caller's thread count and random states come back in the end.
-    """
-    threads, states = (
-        torch.get_num_threads(),
-        (random.getstate(), np.random.get_state(), torch.get_rng_state()),
-    )
-    torch.set_num_threads(cores())
+    """Check and analyse a task; the caller's random states come back in the end."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     torch.manual_seed(goal.seed)
     folder = Path(tempfile.mkdtemp(prefix="flyweight-"))
     try:
         yield _analysed(task, goal, progress, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        torch.set_num_threads(threads)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
@@ -188,7 +180,7 @@ def _analysed(task: Task, goal: Goal, progress: Progress, folder: Path) -> Sessi
         *analysis.notes,
         *_remarks(folded, analysis),
     )
-    bench = Bench(task, goal, analysis.sites, _context(folded, analysis, task, goal.seed), folder)
+    bench = Bench(task, goal, analysis.sites, _context(folded, analysis, task, goal.seed), folder, threads)
     return Session(task, analysis, folds, bench, said, model_digest, _examples_digest(task))
 
 

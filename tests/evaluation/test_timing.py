@@ -95,12 +95,16 @@ def test_an_interval_takes_times_in_any_order() -> None:
 
 
 @pytest.mark.parametrize("best", [1, 2])
-def test_the_faster_count_of_threads_is_left_set(monkeypatch: pytest.MonkeyPatch, best: int) -> None:
-    set_to: list[int] = []
+def test_the_faster_count_of_threads_is_told_and_pytorch_keeps_its_own(
+    monkeypatch: pytest.MonkeyPatch, best: int
+) -> None:
+    set_to = [7]
     clock = Clock(lambda _: 1.0 if set_to[-1] == best else 3.0)
     monkeypatch.setattr(timing, "time", clock)
-    monkeypatch.setattr(timing, "torch", SimpleNamespace(set_num_threads=set_to.append))
-    assert fastest_threads(clock.taking(0.01), 2) == best == set_to[-1]
+    fake = SimpleNamespace(set_num_threads=set_to.append, get_num_threads=lambda: set_to[-1])
+    monkeypatch.setattr(timing, "torch", fake)
+    assert fastest_threads(clock.taking(0.01), 2) == best
+    assert set_to[-1] == 7
 
 
 def test_a_real_race_is_won_by_less_work() -> None:

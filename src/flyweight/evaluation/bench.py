@@ -71,6 +71,9 @@ class Bench:
     context: transforms.Context
     folder: Path
     """Where candidates' files live while they are measured."""
+    threads: int = 1
+    """PyTorch's while it is timed and scored. All else runs on as many as the caller has, not on what timing finds: sums on
+    other numbers of threads round otherwise, and integers with them."""
     original: Scores | None = None
     evaluations: int = 0
     measuring: float = 0.0
@@ -160,7 +163,7 @@ class Bench:
     def race(self, predict: Predict, seconds: float = timing.SECONDS) -> timing.Race:
         """The original in eager PyTorch against another predictor, timed in turn on the first example."""
         batch = self.task.examples[0]
-        with self.measured():
+        with self.measured(), timing.threads(self.threads):
             return timing.race(
                 functools.partial(self._original, batch), functools.partial(predict, batch), seconds
             )
@@ -232,7 +235,7 @@ class Bench:
 
     def _judge(self, predict: Predict) -> Scores:
         self.evaluations += 1
-        with self.measured():
+        with self.measured(), timing.threads(self.threads):
             return judge(self.task.score, predict, self.goal.seed)
 
     def _peak(self, predictor: Predictor, model: nn.Module) -> int | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,15 +53,24 @@ def race(first: Callable[[], Any], second: Callable[[], Any], seconds: float = S
 
 
 def fastest_threads(run: Callable[[], Any], most: int) -> int:
-    """1 or `most`, whichever lets PyTorch run the function faster; it is left set to that."""
+    """1 or `most` threads, whichever lets PyTorch run the function faster; it is left with what it had."""
     times: dict[int, list[float]] = {count: [] for count in {1, most}}
     for _ in range(3):
         for count, seen in times.items():
-            torch.set_num_threads(count)
-            seen.append(_block(run, 2))
-    best = min(times, key=lambda count: statistics.median(times[count]))
-    torch.set_num_threads(best)
-    return best
+            with threads(count):
+                seen.append(_block(run, 2))
+    return min(times, key=lambda count: statistics.median(times[count]))
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """PyTorch with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _calls(run: Callable[[], Any]) -> int:
