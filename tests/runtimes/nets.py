@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from flyweight import discover, transforms
+from flyweight.analysis.bare import layer_at
 from flyweight.analysis.sites import analyse
 from flyweight.records import Batch, Plan, Step
 from flyweight.runtimes._files import Predictor
@@ -116,7 +117,7 @@ def changed(
     )
     analysis, module = analyse(folded, examples), discover.method("transforms", method)
     read = _options.read(module, options or {}, "")
-    takes = [s for s in analysis.sites if module.refuse(s, read, folded.get_submodule(s.name)) is None]
+    takes = [s for s in analysis.sites if module.refuse(s, read, layer_at(folded, s.name)) is None]
     steps = tuple(Step(method, site.name, options or {}) for site in takes)
     assert steps
     return transforms.apply(model, Plan((*folds, *steps)), analysis.sites, Context(analysis.statistics))

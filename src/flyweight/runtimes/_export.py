@@ -227,19 +227,37 @@ def _program(
     """The ModelProto of a module that takes tensors, of which some dimensions are free."""
     with warnings.catch_warnings(), torch.no_grad(), unfused(), _quiet():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             module.eval(),
             tuple(values),
             dynamo=True,
             input_names=list(called),
             dynamic_shapes=(tuple(dims),) if any(dims) else None,
             opset_version=OPSET,
+            optimize=False,
             verbose=False,
         )
-    proto = cast(Any, program).model_proto
+        _simplify(program.model)
+    proto = program.model_proto
     _attention.by_rows(proto.graph)
     _pools.pooled(proto.graph)
     return proto
+
+
+def _simplify(model: Any) -> None:
+    """Fold constants and drop what does nothing; inputs keep their names, also where an output is one of them.
+
+    The exporter's own way also writes RotaryEmbedding nodes, which take no angles that a batch shares.
+    """
+    import onnxscript.optimizer
+
+    names = [value.name for value in model.graph.inputs]
+    onnxscript.optimizer.optimize_ir(model)
+    for value, name in zip(model.graph.inputs, names, strict=True):
+        for output in model.graph.outputs:
+            if output.name == name and output is not value:
+                output.name = f"{name}_given"
+        value.name = name
 
 
 def _skeleton(proto: Any, batch: Batch, template: Any) -> Skeleton:
