@@ -121,7 +121,7 @@ class Run:
         ]
         if recipe is None:
             self.told.stage("learning how much layers count, to choose what to try")
-            found = families(model, self.session.analysis.sites, self.goal, self.bench.context)
+            found = families(model, self.session.analysis.sites, self.goal, self.bench.context, runtimes)
         else:
             plan, notes = self.session.completed(recipe)
             transforms.check(self.session.task.model, plan, self.session.analysis.sites)

@@ -55,11 +55,12 @@ def dry_run(task: Task, goal: Goal, recipe: Plan | None = None) -> str:
     names, missing = sessions.runtimes(goal.runtime)
     with _begun(task, goal) as session:
         model = session.bench.build(Plan(session.folds))
-        ways = families(model, session.analysis.sites, goal, session.bench.context)
+        runtimes = [n for n in names if n not in SLOW_RUNTIMES] or names
+        ways = families(model, session.analysis.sites, goal, session.bench.context, runtimes)
         if recipe is not None:
             session.bench.build(session.completed(recipe)[0])
             ways = [Family("the recipe", {step.site: step for step in recipe.steps})]
-        candidates, reasons = uniform(ways, [n for n in names if n not in SLOW_RUNTIMES] or names)
+        candidates, reasons = uniform(ways, runtimes)
         session.bench.score_original()
         once = session.bench.measuring
     lines = [f"{task.name}: one score takes {once:.1f} s; {len(candidates)} candidates would be timed:", ""]

@@ -16,6 +16,7 @@ from flyweight.artifact._strict import damaged, shown
 from flyweight.artifact._weights import Extent
 from flyweight.artifact.manifest import GGUF, MAX_TENSORS
 from flyweight.runtimes._gguf import ALIGNMENT, F16, F32, INTEGERS
+from flyweight.runtimes._gguf_super import LAYOUTS
 
 MAX_HEAD = 2**26
 """Bytes of the head; a large vocabulary takes ten million."""
@@ -29,7 +30,7 @@ _KEY = re.compile(
     r"general\.(architecture|quantization_version)|(llama|qwen2|tokenizer\.ggml)\.[a-z0-9_.]{1,64}"
 )
 _NAME = re.compile(r"[A-Za-z0-9_.]{1,63}")
-_TYPES = {kind.number: kind for kind in (F32, F16, *INTEGERS)}
+_TYPES = {kind.number: kind for kind in (F32, F16, *INTEGERS, *(layout.type for layout in LAYOUTS.values()))}
 _FLOATS = {F32.number: "float32", F16.number: "float16"}
 
 
@@ -134,7 +135,7 @@ def _extent(head: _Head, before: Extent | None) -> Extent:
         raise damaged("tensors must lie one behind the other", got=f"{offset}, not {begin}", where=place)
     kind = _TYPES[number]
     size = math.prod(shape) // kind.length * kind.bytes
-    if kind in INTEGERS:
+    if number not in _FLOATS:
         shape[-1] = shape[-1] // kind.length * kind.bytes
     dtype = _FLOATS.get(number, "uint8")
     return Extent(name, dtype, tuple(shape), begin, begin + size, file=GGUF, padding=-size % ALIGNMENT)

@@ -44,6 +44,20 @@ def allocate(levels: Mapping[str, Sequence[Level]], budget: float) -> dict[str, 
     return min((chosen, *_uniform(levels, budget)), key=_damage)
 
 
+def smallest(levels: Mapping[str, Sequence[Level]], damage: float) -> dict[str, Level]:
+    """The level of each layer with few bytes and a sum of damages of at most `damage`; with the least where that is less."""
+    low, high = (sum(end(level.bytes for level in some) for some in levels.values()) for end in (min, max))
+    found = allocate(levels, high) or {}
+    while low < high:
+        middle = (low + high) // 2
+        choice = allocate(levels, middle)
+        if choice is not None and _damage(choice) <= damage:
+            found, high = choice, middle
+        else:
+            low = middle + 1
+    return found
+
+
 def _hull(levels: Sequence[Level]) -> list[Level]:
     """The levels on the lower convex hull of damage over bytes, the smallest first."""
     found: list[Level] = []

@@ -7,26 +7,31 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from torch import nn
 
 from flyweight import discover
 from flyweight.analysis.bare import layer_at
 from flyweight.analysis.machine import instructions
-from flyweight.planning.allocate import Level, allocate
-from flyweight.planning.damage import predicted
+from flyweight.planning.allocate import Level, allocate, smallest
+from flyweight.planning.damage import predicted, scaled
 from flyweight.records import JSON, Goal, Plan, Site, Step
 from flyweight.transforms import Context, _options, smooth
 from flyweight.transforms.weight_only import nbytes
 
 LOW_BITS = (4, 3)
 """Widths below 8 bits that are tried; fewer break any sensible contract without training."""
+WIDE_TYPES, LOW_TYPES = (8, 4), (3, 2)
+"""Bits of a runtime's own types that are tried in all layers: always, and only where none are mixed."""
 LOSS = 0.01
 """What Huffman-coded weights may add to the loss at first where no drop is allowed."""
 LINEAR = 0.1
 """Share of the arithmetic in linear layers above which their inputs are also rounded row by row."""
 FEW_ROWS = 16
 """Inputs that a weight meets in one prediction up to which reading it takes longer than multiplying with it."""
+Types: TypeAlias = Mapping[int, Sequence[Mapping[str, JSON]]]
+"""By bits, options of `weight_only`."""
 _ORIGINAL = "float32"
 BASELINE = "torch"
 """The runtime of the original, with which every candidate is compared."""
@@ -48,6 +53,8 @@ class Family:
     """What its weights add to the model's loss, in nats, by prediction; 0: not told."""
     at: Callable[[float], Family] | None = None
     """The same with another loss."""
+    only: str = ""
+    """The one runtime that it is made for; empty: it is tried on all."""
 
     @property
     def methods(self) -> frozenset[str]:
@@ -83,14 +90,30 @@ class Candidate:
 
 
 def families(
-    model: nn.Module, sites: Sequence[Site], goal: Goal, context: Context | None = None
+    model: nn.Module,
+    sites: Sequence[Site],
+    goal: Goal,
+    context: Context | None = None,
+    runtimes: Sequence[str] = (),
 ) -> list[Family]:
     """The ways to treat a model worth trying for a goal; the first leaves it alone.
 
-    With what is known of the sites also one whose bits differ from layer to layer.
+    With what is known of the sites also one whose bits differ from layer to layer. A runtime whose file has types of its own
+    for weights gets families of these.
     """
+    own = {name: types for name in runtimes if (types := _types(model, name))}
+    found = [Family(_ORIGINAL)]
+    if not own or len(own) < len(runtimes):
+        found += _general(model, sites, goal, context)
+    for name, types in own.items():
+        found += _typed(name, _ladder(model, sites, types), goal, _priced(model, sites, types, context))
+    return [family for family in found if family.steps or family.name == _ORIGINAL]
+
+
+def _general(model: nn.Module, sites: Sequence[Site], goal: Goal, context: Context | None) -> list[Family]:
+    """The families for any runtime."""
     stored = _steps(model, sites, "weight_only", {})
-    found = [Family(_ORIGINAL), Family("int8 weights", stored)]
+    found = [Family("int8 weights", stored)]
     if goal.minimize == "size":
         known = [s for s in sites if s.kind != "embedding" or _seen(context, s)]
         found += _entropy(model, (sites, known), stored, goal.max_drop or LOSS)
@@ -99,8 +122,76 @@ def families(
         found += low
         found += _mixed(model, sites, low[0], context) if low and context is not None else []
     found += _blocks(model, sites, stored)
-    found += _int8(model, sites, stored, _scaled(model, sites, context))
-    return [family for family in found if family.steps or family.name == _ORIGINAL]
+    return found + _int8(model, sites, stored, _scaled(model, sites, context))
+
+
+def _types(model: nn.Module, runtime: str) -> Types:
+    """The types that a runtime's file has for a model's weights beside plain integers; most runtimes have none."""
+    known = discover.method("runtimes", runtime)
+    return known.weights(model) if hasattr(known, "weights") else {}
+
+
+def _ladder(model: nn.Module, sites: Sequence[Site], types: Types) -> dict[int, dict[str, Step]]:
+    """Steps by bits, most first; a site that no type of so many bits fits keeps the next more."""
+    found: dict[int, dict[str, Step]] = {}
+    steps: dict[str, Step] = {}
+    for bits in sorted(types, reverse=True):
+        steps = dict(steps)
+        for options in types[bits]:
+            steps |= _fed(model, sites, options)
+        found[bits] = steps
+    return found
+
+
+def _priced(
+    model: nn.Module, sites: Sequence[Site], types: Types, context: Context | None
+) -> Callable[[], dict[str, list[Level]]]:
+    """Every type that fits a site, with its bytes and its predicted damage; found when first asked for."""
+
+    @functools.cache
+    def levels() -> dict[str, list[Level]]:
+        found: dict[str, list[Level]] = {}
+        if context is None:
+            return found
+        fitting = [_fed(model, sites, options) for some in types.values() for options in some]
+        for site in sites:
+            steps = [each[site.name] for each in fitting if site.name in each]
+            plain = [{k: v for k, v in step.options.items() if k != "rounding"} for step in steps]
+            damages = scaled(model, site, plain, context) if steps else None
+            if damages is not None:
+                layer = layer_at(model, site.name)
+                sizes = [nbytes(layer, site, options) for options in plain]
+                found[site.name] = [Level(*each) for each in zip(steps, sizes, damages, strict=True)]
+        return found
+
+    return levels
+
+
+def _typed(
+    runtime: str,
+    ladder: Mapping[int, Mapping[str, Step]],
+    goal: Goal,
+    priced: Callable[[], Mapping[str, Sequence[Level]]],
+) -> list[Family]:
+    """A runtime's own types: the same bits everywhere and, where bytes count, mixed for the least bytes within a loss.
+
+    A mixture has the low bits where they do least harm, so the lowest are tried by themselves only without one.
+    """
+    most = next(iter(ladder.values()), {})
+
+    def mixed(loss: float) -> Family:
+        steps = {name: level.step for name, level in smallest(priced(), loss).items()}
+        name = f"mixed types, predicted loss {loss:.2g}"
+        return Family(name, {**most, **steps}, loss=loss, at=mixed, only=runtime)
+
+    uniform, gentler = [], most
+    for bits, steps in ladder.items():
+        if steps != gentler or steps is most:
+            uniform.append((bits, Family(f"{bits}-bit types", steps, gentler, only=runtime)))
+        gentler = dict(steps)
+    fitted = [mixed(goal.max_drop or LOSS)] if goal.minimize != "latency" and priced() else []
+    tried = WIDE_TYPES if fitted or goal.minimize == "latency" else WIDE_TYPES + LOW_TYPES
+    return fitted + [family for bits, family in uniform if bits in tried]
 
 
 def _low_bit(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
@@ -111,11 +202,18 @@ def _low_bit(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]
         whole: dict[str, JSON] = {"bits": bits, "symmetric": False}
         steps = dict(stored)
         for given in (whole, grouped):  # a later one takes the place of an earlier one where it fits
-            for rounding in ({}, {"rounding": "error_feedback"}):
-                steps |= _steps(model, sites, "weight_only", {**given, **rounding})
+            steps |= _fed(model, sites, given)
         if steps != stored:
             found.append(Family(f"int{bits} weights", steps, gentler))
             gentler = steps
+    return found
+
+
+def _fed(model: nn.Module, sites: Sequence[Site], options: Mapping[str, JSON]) -> dict[str, Step]:
+    """Weights stored by options, rounded by error feedback where inputs are known and bits are fewer than 8."""
+    found = _steps(model, sites, "weight_only", options)
+    if options.get("bits") != WIDE_TYPES[0]:
+        found |= _steps(model, sites, "weight_only", {**options, "rounding": "error_feedback"})
     return found
 
 
@@ -255,7 +353,7 @@ def uniform(found: Sequence[Family], runtimes: Sequence[str]) -> tuple[list[Cand
     candidates, reasons = [], []
     for family in found:
         for runtime in runtimes:
-            if not family.steps and runtime == BASELINE:
+            if (not family.steps and runtime == BASELINE) or family.only not in ("", runtime):
                 continue
             reason = discover.method("runtimes", runtime).refuse(family.steps.values())
             if reason:

@@ -6,9 +6,11 @@ Language Model Quantization via the Linearity Theorem", arXiv 2411.17525, 2024);
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -17,11 +19,13 @@ from flyweight import discover, transforms
 from flyweight.analysis.bare import layer_at
 from flyweight.evaluation.bench import deviation
 from flyweight.inputs.check import run
-from flyweight.records import Batch, Site, Step
-from flyweight.transforms import Context, _options
+from flyweight.records import JSON, Batch, Site, Step
+from flyweight.transforms import Context, _options, weight_only
 from flyweight.transforms._quantized import is_transposed
 
 EXAMPLES = 4
+_PROBE: Mapping[str, JSON] = MappingProxyType({"bits": 4, "group": 32, "range": "minmax", "scale": "float16"})
+_SAMPLE = (16, 1024)
 
 
 def damages(
@@ -78,6 +82,29 @@ def predicted(model: nn.Module, site: Site, step: Step, context: Context) -> flo
     squares = torch.cat([((part @ matrix) * part).sum(1) for part, matrix in parts])
     loss = float((squares.double() * rows.double()).sum()) / 2
     return loss if loss == loss else math.inf
+
+
+def scaled(
+    model: nn.Module, site: Site, options: Sequence[Mapping[str, JSON]], context: Context
+) -> list[float] | None:
+    """What storing a weight by each of these options of `weight_only` adds to the loss, by one prediction for all of them.
+
+    A site's damage is a factor of its own times the squared error relative to its weights, which for a code is about that on
+    normal weights (the paper above). None where the context does not tell.
+    """
+    damage = predicted(model, site, Step("weight_only", site.name, _PROBE), context)
+    if damage is None:
+        return None
+    probe, *errors = (_error(weight_only.read(given, site.name)) for given in (_PROBE, *options))
+    return [damage * error / probe for error in errors]
+
+
+@functools.cache
+def _error(chosen: weight_only.Options) -> float:
+    """Mean squared error that options leave on normal weights, rounded to nearest."""
+    weight = torch.randn(_SAMPLE, generator=torch.Generator().manual_seed(0))
+    grid = discover.method("codes", chosen.code).fit(weight, chosen.coding)
+    return float((grid.values(grid.nearest(weight)) - weight).square().mean())
 
 
 def _changed(model: nn.Module, site: Site, step: Step, context: Context) -> nn.Module:

@@ -66,7 +66,7 @@ def contents(model: nn.Module, tokenizer: Any = None) -> tuple[dict[str, Value],
 
 def causal(model: nn.Module) -> nn.Module:
     """The causal language model that a model is, or wraps; raises ModelError when there is not exactly one."""
-    found = [m for m in model.modules() if _family(m) in MODEL_TYPES and hasattr(m, _HEAD)]
+    found = causals(model)
     if len(found) != 1:
         raise ModelError(
             f"llama.cpp runs causal language models of Hugging Face, {' or '.join(MODEL_TYPES)}",
@@ -74,6 +74,11 @@ def causal(model: nn.Module) -> nn.Module:
             way_out="choose another runtime",
         )
     return found[0]
+
+
+def causals(model: nn.Module) -> list[nn.Module]:
+    """The causal language models in a model of which llama.cpp knows the family."""
+    return [m for m in model.modules() if _family(m) in MODEL_TYPES and hasattr(m, _HEAD)]
 
 
 def _family(module: nn.Module) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,19 +21,38 @@ from torch import nn
 from flyweight.analysis.machine import cores
 from flyweight.errors import DataError, ModelError, first_line
 from flyweight.inputs.check import run
-from flyweight.records import Batch, Step
+from flyweight.records import JSON, Batch, Step
 from flyweight.runtimes import ROUNDING, _llama, _structure, lacking, methods
 from flyweight.runtimes._export import names, tensors
 from flyweight.runtimes._files import GGUF, Predictor, is_compressed, match
-from flyweight.runtimes._gguf_model import causal, save
+from flyweight.runtimes._gguf_model import causal, causals, save
 from flyweight.runtimes._graph import Run
 
 FILE = True
 """Whether it runs from a file alone, without the task's model class."""
 SESSION: frozenset[str] = frozenset()
 """Session settings that an artifact may carry."""
-CODES = frozenset({"integer", "ternary"})
-"""Codes that a GGUF has a type for."""
+CODES = frozenset({"integer", "iq4_nl", "super_block", "ternary"})
+"""Codes that a GGUF can hold."""
+_WIDENED = frozenset({2, 3, 6})
+"""Bits of evenly spaced integers that lie in 4 or 8 bits of a GGUF."""
+_TYPES: Mapping[int, Sequence[Mapping[str, JSON]]] = MappingProxyType(
+    {
+        8: ({"bits": 8, "group": 32, "scale": "float16"},),
+        6: ({"code": "super_block", "bits": 6},),
+        5: (
+            {"bits": 5, "group": 32, "full": True, "scale": "float16"},
+            {"code": "super_block", "bits": 5},
+        ),
+        4: (
+            {"code": "iq4_nl"},
+            {"code": "super_block", "bits": 4, "uneven": True},
+            {"code": "super_block", "bits": 4},
+        ),
+        3: ({"code": "super_block", "bits": 3},),
+        2: ({"code": "super_block", "bits": 2},),
+    }
+)
 ROUNDS = True
 """Whether it rounds the inputs of layers with stored integers by itself: to 8 bits, in blocks of 32."""
 _SHORTEST = 512
@@ -54,7 +74,28 @@ def refuse(steps: Collection[Step]) -> str | None:
     """Why a plan with these steps could not be held here or would not pay, or None."""
     if methods(steps) & ROUNDING:
         return "llama.cpp rounds activations in its own way; store weights as integers only"
+    wide = {_widened(step) for step in steps} - {""}
+    if wide:
+        return (
+            f"a GGUF has no type as small as {', '.join(sorted(wide))}; take the code super_block or iq4_nl"
+        )
     return lacking("a GGUF", CODES, steps)
+
+
+def weights(model: nn.Module) -> Mapping[int, Sequence[Mapping[str, JSON]]]:
+    """Options of `weight_only` that a GGUF has a type for, by bits, the last that fits a layer being the one to take.
+
+    Of a model that llama.cpp does not run, none.
+    """
+    return _TYPES if len(causals(model)) == 1 else {}
+
+
+def _widened(step: Step) -> str:
+    """What a step stores that would take more bits in a GGUF; empty: nothing."""
+    code, bits = step.options.get("code", "integer"), step.options.get("bits", 8)
+    if step.method != "weight_only" or code not in ("integer", "ternary"):
+        return ""
+    return "ternary" if code == "ternary" else f"integers of {bits} bits" if bits in _WIDENED else ""
 
 
 def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predictor:
