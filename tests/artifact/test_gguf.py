@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
 import random
@@ -21,6 +22,7 @@ from flyweight.artifact.format import read, tensors, write
 from flyweight.errors import ArtifactError
 from flyweight.runtimes import _gguf
 from flyweight.runtimes._gguf import Tensor, Value
+from flyweight.runtimes._gguf_super import LAYOUTS
 
 MANIFEST = dataclasses.replace(samples.MANIFEST, runtime="llamacpp", layouts={}, session={})
 METADATA: dict[str, Value] = {
@@ -64,6 +66,23 @@ def test_a_gguf_comes_back(folder: Path) -> None:
     assert torch.equal(loaded["halves"], torch.arange(7, dtype=torch.float16))
     assert torch.equal(loaded["packed"], torch.from_numpy(BLOCKS))
     assert json.loads((folder / "manifest.json").read_text())["flyweight_artifact"] == 2
+
+
+def test_every_type_of_llama_cpp_comes_back(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    written = {
+        name: np.arange(3 * 256 // layout.type.length * layout.type.bytes, dtype=np.uint8).reshape(3, -1)
+        for name, layout in LAYOUTS.items()
+    }
+    stored = [
+        Tensor(name, LAYOUTS[name].type, (3, 256), functools.partial(np.asarray, raw))
+        for name, raw in written.items()
+    ]
+    _gguf.write(source / "model.gguf", METADATA, stored)
+    write(tmp_path / "best", source, MANIFEST)
+    loaded = tensors(read(tmp_path / "best"))
+    assert all(torch.equal(loaded[name], torch.from_numpy(raw)) for name, raw in written.items())
 
 
 def test_an_artifact_without_a_gguf_keeps_the_older_format(tmp_path: Path) -> None:

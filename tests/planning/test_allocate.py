@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flyweight.planning.allocate import Level, allocate
+from flyweight.planning.allocate import Level, allocate, smallest
 from flyweight.records import Step
 
 
@@ -80,3 +80,19 @@ def test_infinite_damage_is_avoided_first() -> None:
 
 def test_what_cannot_fit_is_none() -> None:
     assert allocate({"a": [level(5, 0.0)]}, 4) is None
+
+
+@given(SITES, st.floats(0, 300))
+def test_the_smallest_within_a_damage(levels: dict[str, list[Level]], bound: float) -> None:
+    size, damage = cost(smallest(levels, bound))
+    least = math.fsum(min(one.damage for one in some) for some in levels.values())
+    assert damage <= max(bound, least) + 1e-9
+    kept = [level for level in (cost(one) for one in uniform_choices(levels)) if level[1] <= bound]
+    assert size <= min((one for one, _ in kept), default=size)
+
+
+def uniform_choices(levels: Mapping[str, Sequence[Level]]) -> list[dict[str, Level]]:
+    """The same place in all sites."""
+    count = min(len(some) for some in levels.values())
+    same = count == max(len(some) for some in levels.values())
+    return [{name: some[place] for name, some in levels.items()} for place in range(count)] if same else []

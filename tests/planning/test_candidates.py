@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from planning.made import site, steps
+from runtimes.talkers import talker, tokens
 from torch import nn
 
 from flyweight.analysis import fisher, gram
+from flyweight.analysis.bare import layer_at
 from flyweight.analysis.sites import analyse
 from flyweight.planning.candidates import Candidate, Family, families, sensitivity, uniform
 from flyweight.records import Goal, Plan, Site, Step
@@ -179,3 +182,65 @@ def test_a_classifier_behind_convolutions_gets_no_family_by_row() -> None:
     found = names(model, torch.ones(1, 16, 12, 12), Goal())
     assert any("dynamic" in name for name in found)
     assert not any("per row" in name for name in found)
+
+
+def spoken(
+    goal: Goal, runtimes: Sequence[str], *, informed: bool, **changes: int
+) -> tuple[nn.Module, dict[str, Family]]:
+    pytest.importorskip("transformers")
+    model, example = talker(tie_word_embeddings=True, **changes), tokens()
+    sites, context = known(model, example) if informed else (analyse(model, [example]).sites, None)
+    found = families(model, sites, goal, context, runtimes)
+    assert all(family.only in ("", "llamacpp") for family in found)
+    return model, {family.name: family for family in found}
+
+
+def kinds(family: Family) -> dict[str, object]:
+    """By a layer's last name, the code and the bits that it is stored in."""
+    return {
+        name.rpartition(".")[2]: (step.options.get("code", "integer"), step.options.get("bits"))
+        for name, step in family.steps.items()
+    }
+
+
+def test_llama_cpp_is_given_its_own_types_alone() -> None:
+    _, found = spoken(Goal(minimize="size"), ["llamacpp"], informed=False, intermediate_size=256)
+    assert set(found) == {"float32", "8-bit types", "4-bit types", "3-bit types", "2-bit types"}
+    assert {found[name].only for name in set(found) - {"float32"}} == {"llamacpp"}
+    assert set(kinds(found["8-bit types"]).values()) == {("integer", None)}
+    low = kinds(found["2-bit types"])
+    assert (low["down_proj"], low["up_proj"]) == (("super_block", 2), ("iq4_nl", None))
+    gentler = found["2-bit types"].gentler
+    down = next(name for name in gentler if name.endswith("down_proj"))
+    assert gentler[down].options == {"code": "super_block", "bits": 3, "rounding": "error_feedback"}
+
+
+def test_types_that_fit_no_layer_are_no_family() -> None:
+    _, found = spoken(Goal(minimize="size"), ["llamacpp"], informed=False)  # 256 divides no width
+    assert set(found) == {"float32", "8-bit types", "4-bit types"}
+
+
+def test_other_runtimes_and_models_are_not_given_types_of_llama_cpp() -> None:
+    _, found = spoken(Goal(minimize="size"), ["onnxruntime", "llamacpp"], informed=False)
+    candidates, _ = uniform(list(found.values()), ["onnxruntime", "llamacpp"])
+    assert {c.runtime for c in candidates if c.family.only} == {"llamacpp"}
+    assert not [c for c in candidates if c.runtime == "llamacpp" and "int3" in c.family.name]
+    layer = nn.Linear(256, 256)
+    sites = analyse(layer, [torch.ones(1, 256)]).sites
+    found_here = families(layer, sites, Goal(minimize="size"), None, ["onnxruntime", "llamacpp"])
+    assert not [family for family in found_here if family.only]
+
+
+def test_types_are_mixed_for_the_least_bytes_within_a_loss() -> None:
+    model, found = spoken(Goal(minimize="size"), ["llamacpp"], informed=True, intermediate_size=256)
+    sites = {site.name: site for site in analyse(model, [tokens()]).sites}
+
+    def size(family: Family) -> int:
+        return sum(nbytes(layer_at(model, n), sites[n], step.options) for n, step in family.steps.items())
+
+    mixed = next(family for family in found.values() if family.at is not None)
+    assert mixed.at is not None
+    ladder = [mixed.at(mixed.loss * factor) for factor in (100, 1, 0.01, 0)]
+    assert [size(one) for one in ladder] == sorted(size(one) for one in ladder)
+    assert size(ladder[0]) < size(mixed) <= size(found["4-bit types"]) < size(ladder[-1])
+    assert ladder[-1].steps == found["8-bit types"].steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from planning.made import steps
@@ -10,8 +12,8 @@ from torch import nn
 from flyweight.analysis import fisher, gram
 from flyweight.analysis.sites import analyse
 from flyweight.inputs.check import digest
-from flyweight.planning.damage import damages, predicted
-from flyweight.records import Plan
+from flyweight.planning.damage import damages, predicted, scaled
+from flyweight.records import Plan, Step
 from flyweight.transforms import Context, apply
 
 DATA = torch.randn(8, 32, generator=torch.Generator().manual_seed(1))
@@ -94,3 +96,26 @@ def test_nothing_is_predicted_where_nothing_was_seen(model: nn.Sequential) -> No
     found = analyse(model, [DATA])
     step = steps("0", bits=4, group=32, symmetric=False)["0"]
     assert predicted(model, found.sites[0], step, Context(found.statistics)) is None
+
+
+def test_one_prediction_tells_of_all_codes(model: nn.Sequential) -> None:
+    for name in ("0", "2"):
+        nn.init.normal_(model.get_submodule(name).weight, generator=torch.Generator().manual_seed(0))
+    found = analyse(model, [DATA])
+    grams, rows = (
+        gram.grams(model, ["0", "2"], [DATA]),
+        fisher.fisher(model, ["0", "2"], [DATA], seed=0),
+    )
+    context = Context(found.statistics, gram=grams.get, rows=rows.get)
+    options: list[dict[str, Any]] = [
+        {"bits": 8, "group": 32},
+        {"code": "iq4_nl"},
+        {"bits": 3, "group": 32},
+        {"bits": 2, "group": 32},
+    ]
+    for site in found.sites:
+        damages = scaled(model, site, options, context)
+        wanted = [predicted(model, site, Step("weight_only", site.name, given), context) for given in options]
+        assert damages == sorted(damages)
+        assert damages == pytest.approx(wanted, rel=2)
+        assert scaled(model, site, options, Context(found.statistics)) is None

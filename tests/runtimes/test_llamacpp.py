@@ -48,6 +48,13 @@ def test_codes_that_a_gguf_has_no_type_for_are_refused_before_anything_is_built(
     assert "the code entropy" in str(runtime.refuse(steps))
 
 
+@pytest.mark.parametrize("options", [{"bits": 3, "group": 32}, {"bits": 6}, {"code": "ternary"}])
+def test_what_a_gguf_would_hold_in_more_bits_is_refused(options: dict[str, Any]) -> None:
+    steps = [Step("weight_only", "a"), Step("weight_only", "b", options)]
+    assert "no type as small as" in str(runtime.refuse(steps))
+    assert runtime.refuse([Step("weight_only", "a", {"code": "super_block", "bits": 3})]) is None
+
+
 @pytest.mark.parametrize(
     ("model", "batch", "word"),
     [

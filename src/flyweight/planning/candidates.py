@@ -110,6 +110,12 @@ def families(
     return [family for family in found if family.steps or family.name == _ORIGINAL]
 
 
+def _damage_of(steps: Mapping[str, Step], levels: Mapping[str, Sequence[Level]]) -> float:
+    """The predicted damage of steps; 0 where it is infinite: nothing can then be said by it."""
+    found = sum(one.damage for name, some in levels.items() for one in some if one.step == steps[name])
+    return found if math.isfinite(found) else 0.0
+
+
 def _general(model: nn.Module, sites: Sequence[Site], goal: Goal, context: Context | None) -> list[Family]:
     """The families for any runtime."""
     stored = _steps(model, sites, "weight_only", {})
@@ -175,7 +181,8 @@ def _typed(
 ) -> list[Family]:
     """A runtime's own types: the same bits everywhere and, where bytes count, mixed for the least bytes within a loss.
 
-    A mixture has the low bits where they do least harm, so the lowest are tried by themselves only without one.
+    A mixture has the low bits where they do least harm, so the lowest are tried by themselves only without one. It begins
+    with the loss predicted for 4 bits everywhere, and so no larger than these.
     """
     most = next(iter(ladder.values()), {})
 
@@ -189,7 +196,9 @@ def _typed(
         if steps != gentler or steps is most:
             uniform.append((bits, Family(f"{bits}-bit types", steps, gentler, only=runtime)))
         gentler = dict(steps)
-    fitted = [mixed(goal.max_drop or LOSS)] if goal.minimize != "latency" and priced() else []
+    fitted = []
+    if goal.minimize != "latency" and priced():
+        fitted = [mixed(max(goal.max_drop or LOSS, _damage_of(ladder[WIDE_TYPES[-1]], priced())))]
     tried = WIDE_TYPES if fitted or goal.minimize == "latency" else WIDE_TYPES + LOW_TYPES
     return fitted + [family for bits, family in uniform if bits in tried]
 
