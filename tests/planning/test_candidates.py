@@ -205,7 +205,7 @@ def kinds(family: Family) -> dict[str, object]:
 
 def test_llama_cpp_is_given_its_own_types_alone() -> None:
     _, found = spoken(Goal(minimize="size"), ["llamacpp"], informed=False, intermediate_size=256)
-    assert set(found) == {"float32", "8-bit types", "4-bit types", "3-bit types", "2-bit types"}
+    assert set(found) == {"8-bit types", "4-bit types", "3-bit types", "2-bit types"}
     assert {found[name].only for name in set(found) - {"float32"}} == {"llamacpp"}
     assert set(kinds(found["8-bit types"]).values()) == {("integer", None)}
     low = kinds(found["2-bit types"])
@@ -217,7 +217,7 @@ def test_llama_cpp_is_given_its_own_types_alone() -> None:
 
 def test_types_that_fit_no_layer_are_no_family() -> None:
     _, found = spoken(Goal(minimize="size"), ["llamacpp"], informed=False)  # 256 divides no width
-    assert set(found) == {"float32", "8-bit types", "4-bit types"}
+    assert set(found) == {"8-bit types", "4-bit types"}
 
 
 def test_other_runtimes_and_models_are_not_given_types_of_llama_cpp() -> None:

@@ -96,13 +96,13 @@ def families(
     context: Context | None = None,
     runtimes: Sequence[str] = (),
 ) -> list[Family]:
-    """The ways to treat a model worth trying for a goal; the first leaves it alone.
+    """The ways to treat a model worth trying for a goal; the first leaves it alone, unless the goal is size: it saves none.
 
     With what is known of the sites also one whose bits differ from layer to layer. A runtime whose file has types of its own
     for weights gets families of these.
     """
     own = {name: types for name in runtimes if (types := _types(model, name))}
-    found = [Family(_ORIGINAL)]
+    found = [] if goal.minimize == "size" else [Family(_ORIGINAL)]
     if not own or len(own) < len(runtimes):
         found += _general(model, sites, goal, context)
     for name, types in own.items():
@@ -119,10 +119,11 @@ def _damage_of(steps: Mapping[str, Step], levels: Mapping[str, Sequence[Level]])
 def _general(model: nn.Module, sites: Sequence[Site], goal: Goal, context: Context | None) -> list[Family]:
     """The families for any runtime."""
     stored = _steps(model, sites, "weight_only", {})
-    found = [Family("int8 weights", stored)]
+    found = []
     if goal.minimize == "size":
         known = [s for s in sites if s.kind != "embedding" or _seen(context, s)]
         found += _entropy(model, (sites, known), stored, goal.max_drop or LOSS)
+    found.append(Family("int8 weights", stored))
     if goal.minimize != "latency":
         low = _low_bit(model, sites, stored)
         found += low
