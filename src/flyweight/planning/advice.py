@@ -18,8 +18,8 @@ def verdict(best: Measured, goal: Goal, original: Measured, *, met: bool, scored
         return "Nothing could be scored in the time; give more with --within."
     if best == original or not choose.improves(best, goal, original):
         what = {"latency": "faster", "size": "smaller", "memory": "lighter"}[goal.minimize]
-        what += " and as fast" if goal.minimize != "latency" and choose.speed_counts(goal) else ""
-        return f"Nothing that was tried is surely {what} than the original here."
+        slow = " and no slower" if goal.minimize != "latency" and choose.speed_counts(goal) else ""
+        return f"Nothing that was tried is surely {what} than the original here{slow}."
     why = "cannot be told from more than" if best.verdict == "unresolved" else "is more than"
     return (
         f"Nothing met the bound; the nearest, {best.name} on {best.runtime}, is {_gain(best, goal, original)}, "
