@@ -24,6 +24,7 @@ MOST = {
     "entropy": (1, 3),
     "iq4_nl": (0,),
     "super_block": (0, 2, 3),
+    "vector_palette": (1,),
 }
 """Levels that are different enough from each other."""
 

@@ -26,6 +26,7 @@ CODES: list[dict[str, Any]] = [
     {"bits": 6},
     {"code": "ternary", "group": 16},
     {"code": "palette", "bits": 3, "rows": 2},
+    {"code": "vector_palette", "bits": 2, "width": 2},
     {"code": "low_float", "format": "e5m2"},
     {"code": "low_float", "format": "e2m1", "group": 16, "scale": "e8m0"},
     {"code": "entropy", "step": 0.05},

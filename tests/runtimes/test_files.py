@@ -80,6 +80,7 @@ def test_integers_lie_in_their_element_type(kind: str, turned: bool) -> None:
         {"bits": 3, "symmetric": False},
         {"bits": 6, "group": "tensor", "symmetric": False},
         {"code": "palette", "bits": 3, "rows": 2},
+        {"code": "vector_palette", "bits": 2, "width": 2},
         {"code": "low_float"},
         {"code": "ternary", "group": 16},
         {"code": "entropy", "step": 0.1},

@@ -36,6 +36,7 @@ CODES: tuple[dict[str, Any], ...] = (
     {"bits": 3, "group": 16, "symmetric": False, "rounding": "error_feedback"},
     {"bits": 4, "group": "tensor", "symmetric": False},
     {"code": "palette", "bits": 4, "scaled": True},
+    {"code": "vector_palette", "bits": 2, "width": 2},
     {"code": "low_float", "format": "e2m1", "group": 32, "scale": "e8m0"},
     {"code": "ternary", "group": 16},
     {"code": "entropy"},

@@ -1,6 +1,7 @@
 """How a weight is stored: one file, one code. Which integers it stores is a rounding's business, never a code's.
 
-A weight is (O, I): output channels by inputs of one of them, kernel elements included. A code's file holds
+A weight is (O, I): output channels by inputs of one of them, kernel elements included. Its integers are (O, I), or
+(O, I / v) on a grid whose `width` v is more than 1, where neighbouring inputs share one. A code's file holds
 
     class Options                                           # how fine, how grouped; checked when built
     LEVELS: Sequence[Options]                               # worth trying, from the gentlest to the smallest

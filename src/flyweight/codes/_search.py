@@ -24,6 +24,11 @@ class Scaling(NamedTuple):
     zeros: torch.Tensor | None = None  # (A, G)
 
 
+def roots(weight: torch.Tensor) -> torch.Tensor:
+    """The root of the mean square (O, 1) of each output channel of a weight (O, I), 1 where it is too small."""
+    return usable(weight.double().square().mean(1, keepdim=True).sqrt().float())
+
+
 def usable(scales: torch.Tensor) -> torch.Tensor:
     """The scales, and 1 where they are too small to divide by."""
     return torch.where(scales.abs() > TINY, scales, 1.0)

@@ -16,7 +16,7 @@ import torch
 from flyweight.codes import _kmeans, _packing, _stored, _weights
 from flyweight.codes._grid import Grid
 from flyweight.codes._options import require, require_one_of
-from flyweight.codes._search import usable
+from flyweight.codes._search import roots
 from flyweight.errors import UsageError
 
 
@@ -78,7 +78,7 @@ def fit(weight: torch.Tensor, options: Options, energy: torch.Tensor | None = No
     _weights.require_fit(refuse(rows, columns, options))
     scales = torch.ones(rows, 1)
     if options.scaled:
-        scales = _stored.kept(_roots(weight), options.table)
+        scales = _stored.kept(roots(weight), options.table)
         _stored.require_reach(scales, "scale")
     levels = weight / scales
     share = options.rows or rows
@@ -126,11 +126,6 @@ def restore(stored: Mapping[str, torch.Tensor], columns: int, options: Options) 
     integers = _packing.unpack(packed, options.bits, columns, signed=False)
     scales = _stored.restore_scales(stored["scales"], rows) if options.scaled else torch.ones(rows, 1)
     return integers, Grid(0, 2**options.bits - 1, columns, scales, table=stored["table"].float())
-
-
-def _roots(weight: torch.Tensor) -> torch.Tensor:
-    """The root of the mean square (O, 1) of each output channel."""
-    return usable(weight.double().square().mean(1, keepdim=True).sqrt().float())
 
 
 def _counts(

@@ -25,11 +25,11 @@ class Factor:
     """What the matrix was divided by: the mean of the diagonal."""
 
 
-def factorize(gram: torch.Tensor, by_size: bool, damping: float) -> Factor | None:
+def factorize(gram: torch.Tensor, by_size: bool, damping: float, together: int = 1) -> Factor | None:
     """The factor of gram (I, I), or None when all inputs are always zero.
 
-    by_size: largest diagonal first, else in the order in which they come. damping: share of the mean diagonal that is added
-    to the diagonal; it grows tenfold until the factor exists in float32, or else in float64.
+    by_size: largest diagonal first, else in the order in which they come; so many neighbours stay together. damping: share of
+    the mean diagonal that is added to the diagonal; it grows tenfold until the factor exists in float32, or else in float64.
     """
     diagonal = gram.diagonal()
     dead = diagonal <= 0
@@ -38,7 +38,9 @@ def factorize(gram: torch.Tensor, by_size: bool, damping: float) -> Factor | Non
     scale = float(diagonal[~dead].double().mean())
     order = torch.arange(len(gram), device=gram.device)
     if by_size:
-        order = torch.sort(diagonal, descending=True, stable=True).indices
+        sizes = diagonal.view(-1, together).sum(1)
+        first = torch.sort(sizes, descending=True, stable=True).indices * together
+        order = (first[:, None] + torch.arange(together, device=gram.device)).flatten()
     reverse = order.flip(0)
     scaled = (gram / scale)[reverse][:, reverse]
     still = dead[reverse]

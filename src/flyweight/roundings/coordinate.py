@@ -14,7 +14,7 @@ import torch
 
 from flyweight.codes._grid import Grid
 from flyweight.codes._options import require
-from flyweight.roundings import error_feedback
+from flyweight.roundings import _vectors, error_feedback
 from flyweight.roundings._checks import sound_gram
 from flyweight.roundings._columns import columns, nearest_column
 from flyweight.roundings._refit import refit
@@ -58,7 +58,8 @@ def pick(weight: torch.Tensor, grid: Grid, seen: Seen, options: Options) -> tupl
     integers, target = error_feedback.feed_back(weight, grid, seen, _start(options))
     gram = sound_gram(seen, target)
     for _ in range(options.sweeps):
-        swept = sweep(integers, target, grid, gram)
+        one = sweep if grid.width == 1 else _vectors.swept
+        swept = one(integers, target, grid, gram)
         fitted = refit(target, swept, grid, gram) if options.refit else grid
         still = torch.equal(swept, integers) and torch.equal(fitted.scales, grid.scales)
         integers, grid = swept, fitted

@@ -22,6 +22,7 @@ import torch
 
 from flyweight.codes._grid import Grid
 from flyweight.codes._options import require
+from flyweight.roundings import _vectors
 from flyweight.roundings._checks import sound_cross, sound_gram, sound_weight
 from flyweight.roundings._columns import Columns, columns, nearest_column
 from flyweight.roundings._factor import Factor, carried, factorize, solve
@@ -69,12 +70,13 @@ def feed_back(
     """The integers of `pick`, and the float32 weight (O, I) that they aim at; raises as `pick` does."""
     weight = sound_weight(weight, grid)
     gram = sound_gram(seen, weight)
-    simple = grid.nearest(weight)
-    factor = factorize(gram, options.act_order, options.damping)
+    simple = grid.nearest(weight, energy=gram.diagonal())
+    factor = factorize(gram, options.act_order, options.damping, grid.width)
     if factor is None:
         return simple, weight
     target = target_of(weight, gram, seen, factor, options.drift)
-    return better_rows(fed(target, grid, factor), simple, target, grid, gram), target
+    found = fed(target, grid, factor) if grid.width == 1 else _vectors.fed(target, grid, factor)
+    return better_rows(found, simple, target, grid, gram), target
 
 
 def target_of(

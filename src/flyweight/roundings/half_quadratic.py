@@ -58,7 +58,7 @@ def pick(weight: torch.Tensor, grid: Grid, seen: Seen, options: Options) -> tupl
     weight = sound_weight(weight, grid)
     energy = sound_energy(seen, weight)
     if not free_scales(grid):
-        return grid.nearest(weight), grid
+        return grid.nearest(weight, energy=energy), grid
     best, least, trial = grid, _errors(weight, grid, energy), grid
     for number in range(options.sweeps):
         splitting = number < (options.sweeps + 1) // 2
@@ -68,7 +68,7 @@ def pick(weight: torch.Tensor, grid: Grid, seen: Seen, options: Options) -> tupl
         errors = _errors(weight, trial, energy)
         best = _chosen(errors < least, trial, best)
         least = torch.fmin(errors, least)
-    return best.nearest(weight), best
+    return best.nearest(weight, energy=energy), best
 
 
 def shrink(error: torch.Tensor, sharpness: float) -> torch.Tensor:
@@ -85,7 +85,7 @@ def _fitted(
 
     Moving, its zeros are fitted if it has any, and else its scales: integers picked with one zero tell no scale for another.
     """
-    integers = grid.nearest(weight)
+    integers = grid.nearest(weight, energy=energy)
     aim = weight
     if sharpness is not None:
         wide = steps(grid)
@@ -115,7 +115,7 @@ def _zeros(
 
 def _errors(weight: torch.Tensor, grid: Grid, energy: torch.Tensor) -> torch.Tensor:
     """(O, G) squared error of rounding to nearest, weighed by energy (I,)."""
-    return _sums(energy * (grid.values(grid.nearest(weight)) - weight).square(), grid)
+    return _sums(energy * (grid.values(grid.nearest(weight, energy=energy)) - weight).square(), grid)
 
 
 def _sums(entries: torch.Tensor, grid: Grid) -> torch.Tensor:

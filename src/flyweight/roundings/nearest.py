@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from flyweight.codes._grid import Grid
-from flyweight.roundings._checks import sound_weight
+from flyweight.roundings._checks import sound_energy, sound_weight
 from flyweight.roundings._seen import Seen
 
 NEEDS = "nothing"
@@ -25,6 +25,9 @@ class Options:
 def pick(weight: torch.Tensor, grid: Grid, seen: Seen, options: Options) -> tuple[torch.Tensor, Grid]:
     """The int16 integers (O, I) nearest to a weight (O, I), and the grid as it came.
 
-    Raises ModelError for a weight that is not finite, UsageError for a grid that does not fit it.
+    Inputs that share an integer count by seen.energy where it is known. Raises ModelError for a weight that is not finite,
+    UsageError for a grid that does not fit it, DataError for such an energy of another shape or not finite.
     """
-    return grid.nearest(sound_weight(weight, grid)), grid
+    weight = sound_weight(weight, grid)
+    energy = sound_energy(seen, weight) if grid.width > 1 else None
+    return grid.nearest(weight, energy=energy), grid

@@ -22,7 +22,7 @@ from flyweight.transforms import QuantizedLayer
 def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -> str:
     """Nodes that decode a layer's weight, (I, O) if turned, else in the layer's own shape; returns the floats' name."""
     integers, grid = module.encoded()
-    if turned and owner in low.by_rows and grid.columns is None:
+    if turned and (grid.width > 1 or (owner in low.by_rows and grid.columns is None)):
         return low.turned(decoded(low, owner, module, turned=False))
     name = f"{owner}decoded"
     if name in low.dynamic:
@@ -62,6 +62,10 @@ def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> 
             starts = low.node("Gather", [low.small(f"{y}.first", _starts(grid)), ids], f"{y}.starts")
             index = low.node("Add", [index, starts], f"{y}.places")
         levels = low.node("Gather", [_table_values(low, owner, grid), index], f"{y}.levels")
+        if grid.width > 1:
+            tail = low.small(f"{y}.inputs", torch.tensor([module.columns]))
+            flat = low.node("Concat", [low.node("Shape", [ids], f"{y}.rows"), tail], f"{y}.flat", axis=0)
+            levels = low.node("Reshape", [levels, flat], f"{y}.joined")
     groups = grid.scales.shape[1]
     if groups > 1:
         tail = low.small(f"{y}.groups", torch.tensor([groups, grid.group]))
@@ -87,7 +91,7 @@ def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> 
 def _integer_rows(low: Lowered, key: str, integers: torch.Tensor, kind: str, ends: tuple[str, str]) -> str:
     """Rows of integers (V, D) by ids: runtimes gather bytes, not halves of them, so these are split afterwards."""
     ids, y = ends
-    if kind.endswith("8"):
+    if not kind.endswith("4"):
         return low.node("Gather", [_stored(low, key, integers, kind, turned=False), ids], f"{y}.codes")
     shape = (integers.shape[0], integers.shape[1] // 2)
     if key not in low.layouts:
@@ -190,7 +194,12 @@ def _levels(low: Lowered, owner: str, module: QuantizedLayer, name: str, *, turn
         if len(grid.table) > 1:
             starts = _starts(grid).reshape((1, -1) if turned else (-1, 1))
             index = low.node("Add", [index, low.small(f"{name}.starts", starts)], f"{name}.places")
-        low.node("Gather", [_table_values(low, owner, grid), index], levels)
+        if grid.width > 1:
+            vectors = low.node("Gather", [_table_values(low, owner, grid), index], f"{name}.vectors")
+            flat = low.small(f"{name}.flat", torch.tensor([outputs, module.columns]))
+            low.node("Reshape", [vectors, flat], levels)
+        else:
+            low.node("Gather", [_table_values(low, owner, grid), index], levels)
     if bare:
         return
     if groups == 1 and not grid.fixed:
@@ -249,10 +258,10 @@ def _products(low: Lowered, owner: str, grid: Grid, kind: str) -> str:
 
 
 def _table_values(low: Lowered, owner: str, grid: Grid) -> str:
-    """The name of the table's float32 values (P * entries,)."""
+    """The name of the table's float32 values, (P * entries,) or the vectors (entries, v)."""
     table, key = cast(torch.Tensor, grid.table), f"{owner}table"
     if key in low.weights:
-        return floats(low, key, (table.numel(),))
+        return floats(low, key, tuple(table.shape[1:]) if grid.width > 1 else (table.numel(),))
     name = f"{key}.implied"  # of a number format: not stored
     if name not in low.dynamic:
         low.dynamic.add(name)
@@ -312,7 +321,9 @@ def _zero_floats(low: Lowered, key: str, zeros: torch.Tensor, kind: str) -> str:
 def _kind(low: Lowered, owner: str, grid: Grid) -> str:
     """The smallest element type for a grid's integers; a table's count from 0. Rows that are looked up fill whole bytes."""
     lowest, highest = (0, grid.high - grid.low) if grid.table is not None else (grid.low, grid.high)
-    odd = owner in low.by_rows and grid.scales.shape[1] * grid.group % 2
+    if highest > 255:
+        return "int16"
+    odd = owner in low.by_rows and grid.scales.shape[1] * grid.group // grid.width % 2
     half = (lowest >= -8 and highest <= 7 if lowest < 0 else highest <= 15) and not odd
     return f"{'int' if lowest < 0 else 'uint'}{4 if half else 8}"
 

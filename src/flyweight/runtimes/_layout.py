@@ -1,14 +1,15 @@
 """How weights lie in a runtime's file where that differs from the PyTorch model's state, and the way back.
 
-A layout is "transposed", or the element type of integers, "int8", "uint8", "int4" or "uint4" (two to a byte, the first in
-the low half), turned or not: "int4 transposed". In "uint4 rows" every row begins with a byte of its own; in "uint4 rows
-shifted" 8 is added to every integer, in "uint8 rows shifted" 128. Shapes: integers are (R, C).
+A layout is "transposed", or the element type of integers, "int16", "int8", "uint8", "int4" or "uint4" (two to a byte, the
+first in the low half), turned or not: "int4 transposed". In "uint4 rows" every row begins with a byte of its own; in "uint4
+rows shifted" 8 is added to every integer, in "uint8 rows shifted" 128. Shapes: integers are (R, C).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from flyweight.errors import another_model
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
 
+INTEGERS: Mapping[str, torch.dtype] = MappingProxyType(
+    {"int8": torch.int8, "uint8": torch.uint8, "int16": torch.int16}
+)
 TRANSPOSED, ROWS, SHIFTED = "transposed", "rows", "shifted"
 ONNX_ONLY = "onnx."
 """Prefix of stored constants that only the graph needs."""
@@ -30,7 +34,7 @@ def as_stored(integers: torch.Tensor, kind: str, *, turned: bool) -> tuple[torch
     layout = f"{kind} {TRANSPOSED}" if turned else kind
     if kind.endswith("4"):
         return pack(whole.reshape(1, -1), 4)[0], layout
-    return whole.to(torch.int8 if kind == "int8" else torch.uint8), layout
+    return whole.to(INTEGERS[kind]), layout
 
 
 def as_rows(integers: torch.Tensor, bits: int, *, signed: bool) -> tuple[torch.Tensor, str]:
@@ -83,7 +87,7 @@ def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor, layout: 
         width = module.stored()[name].shape[1] * 8 // grid.scales.shape[1]
         return pack(tensor.to(torch.int16).reshape(grid.scales.shape), width)
     shape = (
-        (module.rows, module.columns)
+        (module.rows, module.columns // grid.width)
         if name == "integers"
         else (1 if shared else module.rows, grid.scales.shape[1])
     )

@@ -15,6 +15,7 @@ KINDS: Mapping[str, int] = {
     "uint4": onnx.TensorProto.UINT4,
     "int8": onnx.TensorProto.INT8,
     "uint8": onnx.TensorProto.UINT8,
+    "int16": onnx.TensorProto.INT16,
 }
 """Element types of stored integers, by their name in an artifact's layouts."""
 TYPES = {
@@ -24,6 +25,7 @@ TYPES = {
     torch.float64: onnx.TensorProto.DOUBLE,
     torch.int8: onnx.TensorProto.INT8,
     torch.uint8: onnx.TensorProto.UINT8,
+    torch.int16: onnx.TensorProto.INT16,
     torch.int32: onnx.TensorProto.INT32,
     torch.int64: onnx.TensorProto.INT64,
     torch.bool: onnx.TensorProto.BOOL,

@@ -57,14 +57,14 @@ class QuantizedLayer(nn.Module):
         *,
         transposed: bool,
     ) -> None:
-        """inner: the layer, of which a copy without weight is kept; encoded: (O, I) integers on a grid of the code.
+        """inner: the layer, of which a copy without weight is kept; encoded: the integers on a grid of the code.
 
         transposed: the layer's own weight is (I, O).
         """
         super().__init__()
         weight = inner.get_parameter("weight")
         self.shape, self.dtype = tuple(weight.shape), weight.dtype
-        self.rows, self.columns = encoded[0].shape
+        self.rows, self.columns = len(encoded[0]), encoded[0].shape[1] * encoded[1].width
         self.code, self.options, self.transposed = code, options, transposed
         self.activations: Activations = "float"
         self.top = 255
