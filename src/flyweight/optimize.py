@@ -194,7 +194,7 @@ class Run:
             resolution=advice.resolution(
                 best if best.drop else (lossy or [best])[0], len(samples) if samples else None, self.goal
             ),
-            notes=(*self.session.notes, *missing, *self.notes),
+            notes=(*self.session.notes, *missing, *self.notes, *self.bench.notes.get(best.plan.digest(), ())),
             evaluations=self.bench.evaluations,
             seconds=time.monotonic() - self.start,
             seconds_measuring=self.bench.measuring,

@@ -102,7 +102,8 @@ def apply(task: Task, recipe: Plan, goal: Goal, out: Path, *, force: bool = Fals
             f"artifact in {out / 'best'}, {total:,} bytes",
         ]
         lines += ["its quality was not judged: flyweight evaluate does that"]
-        return "\n".join([*lines, *_said([*missing, *added, *session.notes])])
+        own = session.bench.notes[plan.digest()]
+        return "\n".join([*lines, *_said([*missing, *added, *own, *session.notes])])
 
 
 def evaluate(task: Task, artifact: Path | None, seed: int) -> str:

@@ -88,10 +88,18 @@ def tokens(count: int, seed: int = 1) -> list[Batch]:
     return [torch.randint(0, 24, (8, 6), generator=source) for _ in range(count)]
 
 
-def applied(model: nn.Module, data: list[Batch], method: str = "distilled", **options: Any) -> nn.Module:
+def applied(
+    model: nn.Module,
+    data: list[Batch],
+    method: str = "distilled",
+    said: list[str] | None = None,
+    **options: Any,
+) -> nn.Module:
     analysis = analyse(model, data)
     plan = Plan(tuple(Step(method, site.name, options) for site in analysis.sites))
-    return transforms.apply(model, plan, analysis.sites, Context(analysis.statistics, examples=data))
+    heard = [] if said is None else said
+    context = Context(analysis.statistics, examples=data, say=heard.append)
+    return transforms.apply(model, plan, analysis.sites, context)
 
 
 def far(model: nn.Module, found: nn.Module, data: list[Batch]) -> float:
@@ -132,8 +140,19 @@ def test_what_tuning_cannot_better_stays(monkeypatch: pytest.MonkeyPatch) -> Non
     model, data = seeded(Chained), numbers(8)
     monkeypatch.setattr(distilled, "_LEVELS", 50.0)
     monkeypatch.setattr(distilled, "_OTHERS", 5.0)
-    found, wanted = applied(model, data, **TWO), applied(model, data, "weight_only", **TWO)
+    said: list[str] = []
+    found, wanted = applied(model, data, said=said, **TWO), applied(model, data, "weight_only", **TWO)
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in wanted.state_dict().items())
+    told = "was not tuned: on the examples kept apart that did no better"
+    assert [told in note for note in said[:2]] == [True, True]
+    assert said[0].startswith("blocks.0 ")
+    assert "the model was not tuned as a whole" in said[2]
+
+
+def test_tuning_that_is_kept_says_nothing() -> None:
+    said: list[str] = []
+    applied(seeded(Chained), numbers(16), said=said, block_passes=2.0, passes=2.0, **TWO)
+    assert said == []
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others() -> None:

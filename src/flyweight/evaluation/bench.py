@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shutil
 import time
@@ -77,6 +78,8 @@ class Bench:
     original: Scores | None = None
     evaluations: int = 0
     measuring: float = 0.0
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """By a built plan's digest: what its methods had to say."""
     _kept: dict[str, tuple[Built, Predictor]] = field(default_factory=dict)
     _built: Built | None = None
     """The last plan's: the next candidate is often the same plan on another runtime."""
@@ -124,7 +127,9 @@ class Bench:
 
     def build(self, plan: Plan) -> nn.Module:
         """A new model with the plan applied."""
-        return transforms.apply(self.task.model, plan, self.sites, self.context)
+        notes = self.notes[plan.digest()] = list[str]()
+        context = dataclasses.replace(self.context, say=notes.append)
+        return transforms.apply(self.task.model, plan, self.sites, context)
 
     def survey(self, runtime: str, plan: Plan, seconds: float) -> Survey:
         """Build a candidate and time it in turn with the original; a candidate that cannot run says why."""

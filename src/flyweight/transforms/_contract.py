@@ -11,6 +11,10 @@ from flyweight.analysis.sites import SiteStatistics
 from flyweight.records import Batch
 
 
+def unheard(note: str) -> None:
+    """Nobody listens."""
+
+
 def _unseen(site: str) -> torch.Tensor | None:
     """Nothing is known of any site."""
     return None
@@ -32,5 +36,7 @@ class Context:
     """If any, layers that learn from their inputs are changed in order, each learning behind the changes before it."""
     rebuilding: bool = False
     """A stored artifact is rebuilt: only the structure counts, its weights are loaded afterwards."""
+    say: Callable[[str], None] = unheard
+    """Takes a note on what a method did otherwise than one would think, for the notes of the result."""
     training: bool = False
     """The model will be trained: layers that learn keep what they need for it, until `transforms.frozen`."""

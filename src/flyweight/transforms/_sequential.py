@@ -24,7 +24,7 @@ from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.analysis.blocks import Arguments, Chain
 from flyweight.analysis.gram import both, grams
 from flyweight.records import Batch
-from flyweight.transforms._contract import Context
+from flyweight.transforms._contract import Context, unheard
 from flyweight.transforms._copies import view
 from flyweight.transforms._quantized import QuantizedLayer
 
@@ -76,6 +76,8 @@ class Place:
     current: Sequence[torch.Tensor]
     share: float = 1.0
     """Which part of the model's blocks it is: one over their number."""
+    say: Callable[[str], None] = unheard
+    """Takes a note, as `Context.say`."""
 
     @functools.cached_property
     def wanted(self) -> tuple[torch.Tensor, ...]:
@@ -172,7 +174,8 @@ def _along(model: nn.Module, chain: Chain, early: Changes, work: Work) -> Change
         return None
     original, current = stream.states, entering or stream.states
     for path, arguments in zip(chain.paths, stream.arguments, strict=True):
-        place = Place(path, model.get_submodule(path), arguments, original, current, 1 / len(chain.paths))
+        block, share = model.get_submodule(path), 1 / len(chain.paths)
+        place = Place(path, block, arguments, original, current, share, work.context.say)
         found = within(place, work.among([site for site in work.sites if _inside(site, path)]))
         if work.settle is not None:
             found = work.settle(place, found)

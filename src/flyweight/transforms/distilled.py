@@ -41,6 +41,7 @@ from flyweight.transforms._tuned import Numbers, TunedLayer
 
 CODES = ("integer", "ternary", "palette")
 """Codes whose integers are evenly spaced, or whose values are their own."""
+_NO_BETTER = "on the examples kept apart that did no better, so it stays as it was before"
 _OWN = ("block_passes", "passes", "seconds", "seed")
 _LEVELS, _OTHERS = 0.03, 0.003
 """How far a step moves levels, in steps of the grid, and all else, as a share: the root mean square over a tensor."""
@@ -162,7 +163,10 @@ def settle(place: Place, found: Changes, sites: Mapping[str, Options]) -> Change
         _learn(list(numbers.values()), functools.partial(loss, tuning), taught, pace)
         new: Changes = {path: one.frozen() for path, one in numbers.items()}
         before, after = (_mean(functools.partial(loss, block_of(some)), kept) for some in ({}, new))
-    return {**found, **new} if after < before else found
+    if after < before:
+        return {**found, **new}
+    place.say(f"{place.path} was not tuned: {_NO_BETTER}")
+    return found
 
 
 def finish(original: nn.Module, model: nn.Module, sites: Mapping[str, Options], context: Context) -> Changes:
@@ -193,7 +197,10 @@ def finish(original: nn.Module, model: nn.Module, sites: Mapping[str, Options], 
             own: one for path in layers for own, one in _frozen(numbers[path], path, holders[path]).items()
         }
         before, after = (_mean(functools.partial(loss, one), kept) for one in (model, view(model, new)))
-    return new if after < before else {}
+    if after < before:
+        return new
+    context.say(f"the model was not tuned as a whole: {_NO_BETTER}")
+    return {}
 
 
 @dataclass(frozen=True)
