@@ -38,4 +38,5 @@ def test_more_blocks_take_no_more_memory(tmp_path: Path) -> None:
     text = text_in(tmp_path)
     few, many = (small(tmp_path / f"{count}", num_hidden_layers=count, **WIDTH) for count in (2, 12))
     least, most = (peak(folder, text, tmp_path / f"out{folder.name}") for folder in (few, many))
-    assert most - least < 6 * BLOCK  # ten more blocks came through; what the allocator keeps differs from run to run
+    # ten more blocks came through; what the allocator keeps differs from run to run
+    assert most - least < 6 * BLOCK
