@@ -1,6 +1,6 @@
 """What decided the defaults of number formats: plans with and without a choice, side by side, in docs/quantization.md.
 
-    .venv/bin/python -m benchmarks.choices [TABLE ...]          tables: activations, smooth, tied, blocks
+    .venv/bin/python -m benchmarks.choices [TABLE ...]          tables: activations, smooth, rotation, tied, blocks
 
 Errors are those of the PyTorch model that a plan gives, on inputs that did not calibrate; `blocks` is timed on runtimes, in
 turn, and wants a calm machine. Each table goes into benchmarks/results/choices.json and between its markers on the page.
@@ -25,6 +25,7 @@ from torch import nn
 
 from benchmarks import _weight_cases as cases
 from benchmarks._results import FOLDER, _commit
+from benchmarks._rotated import rotated
 from benchmarks.readme import ROOT, _between
 from flyweight import Goal, Task, discover, transforms
 from flyweight.analysis.machine import cores
@@ -141,6 +142,28 @@ def smoothing() -> Iterator[Line]:
                 yield told("minilm", label, *(f"{value:.4f}" for value in pair))
 
 
+def rotation() -> Iterator[Line]:
+    """Hidden states turned by a random orthogonal matrix: weights in few bits, with a scale a channel or a group."""
+    yield ("weights", "rounding", "as it is", "turned")
+    found: list[list[str]] = []
+    for change in (None, rotated):
+        column = []
+        with speaking(change) as (session, judge):
+            linear = [s for s in session.analysis.sites if s.kind == "linear" and "lm_head" not in s.name]
+            linear = [site for site in linear if not site.tied]
+            for bits, group in ((4, None), (4, 32), (3, 32), (2, 32)):
+                for rounding in ("nearest", "error_feedback"):
+                    options = {"bits": bits, "group": group, "symmetric": False, "scale": "float16"}
+                    steps = steps_at(linear, "weight_only", {**options, "rounding": rounding})
+                    column.append(nats(judge(session.bench.build(Plan(steps)))))
+                    label = f"{bits} bits, " + (f"groups of {group}" if group else "a channel")
+                    if change is None:
+                        found.append([label, rounding])
+        found = [[*line, cell] for line, cell in zip(found, column, strict=True)]
+    for line in found:
+        yield told(*line)
+
+
 def tied() -> Iterator[Line]:
     """A weight that is both embedding and head: what it costs in few bits."""
     yield ("code, rounding", "bits in the file", "KL to the original")
@@ -231,8 +254,10 @@ def taken_in(name: str) -> Iterator[tuple[Session, Callable[[nn.Module], float]]
 
 
 @contextmanager
-def speaking() -> Iterator[tuple[Session, Callable[[nn.Module], tuple[float, float]]]]:
-    """SmolLM2-135M analysed, and a model's KL to it with its standard error."""
+def speaking(
+    change: Callable[[nn.Module], nn.Module] | None = None,
+) -> Iterator[tuple[Session, Callable[[nn.Module], tuple[float, float]]]]:
+    """SmolLM2-135M, or what a change makes of it, analysed; and a model's KL to the unchanged one with its standard error."""
     folder = cases._example("smollm2").prepared()
     task = language_task(
         folder / "model",
@@ -254,7 +279,8 @@ def speaking() -> Iterator[tuple[Session, Callable[[nn.Module], tuple[float, flo
         found = figures(fast)
         return found["kl"], found["kl_error"]
 
-    with begin(copy.copy(task), Goal(), Progress(False, 0.0)) as session:
+    taken = dataclasses.replace(task, model=change(task.model)) if change else copy.copy(task)
+    with begin(taken, Goal(), Progress(False, 0.0)) as session:
         yield session, judge
 
 
@@ -299,6 +325,7 @@ def _distance(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> 
 TABLES: Mapping[str, Callable[[], Iterator[Line]]] = {
     "activations": activations,
     "smooth": smoothing,
+    "rotation": rotation,
     "tied": tied,
     "blocks": blocks,
 }

@@ -20,8 +20,9 @@ from flyweight.evaluation.quality import Scores
 from flyweight.inputs.language_model import Judge
 from flyweight.packing import how_to_load, pack
 from flyweight.planning import advice, choose
-from flyweight.planning.candidates import Candidate, Family, families, uniform
+from flyweight.planning.candidates import families, uniform
 from flyweight.planning.damage import EXAMPLES, damages
+from flyweight.planning.family import Candidate, Family
 from flyweight.records import Goal, Measured, Plan, Result, Step, Task, Trial
 from flyweight.report import html
 from flyweight.report.progress import Progress

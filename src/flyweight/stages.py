@@ -26,7 +26,8 @@ from flyweight.evaluation.quality import Scores, compare, judge
 from flyweight.inputs.check import check, digest
 from flyweight.optimize import SLOW_RUNTIMES
 from flyweight.packing import how_to_load, write
-from flyweight.planning.candidates import Family, families, uniform
+from flyweight.planning.candidates import families, uniform
+from flyweight.planning.family import Family
 from flyweight.records import Goal, Interval, Plan, Predict, Result, Site, Step, Task
 from flyweight.report import html
 from flyweight.report.progress import Progress

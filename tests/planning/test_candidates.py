@@ -16,7 +16,8 @@ from torch import nn
 from flyweight.analysis import fisher, gram
 from flyweight.analysis.bare import layer_at
 from flyweight.analysis.sites import analyse
-from flyweight.planning.candidates import Candidate, Family, families, sensitivity, uniform
+from flyweight.planning.candidates import families, sensitivity, uniform
+from flyweight.planning.family import Candidate, Family
 from flyweight.records import Goal, Plan, Site, Step
 from flyweight.transforms import Context
 from flyweight.transforms.weight_only import nbytes
@@ -244,3 +245,14 @@ def test_types_are_mixed_for_the_least_bytes_within_a_loss() -> None:
     assert [size(one) for one in ladder] == sorted(size(one) for one in ladder)
     assert size(ladder[0]) < size(mixed) <= size(found["4-bit types"]) < size(ladder[-1])
     assert ladder[-1].steps == found["8-bit types"].steps
+
+
+def test_what_a_family_saves_is_what_its_codes_take_from_the_weights() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 16)).eval()
+    found = {
+        f.name: f for f in families(model, analyse(model, [torch.ones(1, 64)]).sites, Goal(minimize="size"))
+    }
+    weights = 64 * 64 + 64 * 16
+    assert found["int4 weights"].saves == 4 * weights - (weights // 2 + weights // 32 * 2 + weights // 64)
+    assert found["dynamic int8"].saves == 3 * weights
+    assert next(f for name, f in found.items() if name.startswith("Huffman")).saves is None

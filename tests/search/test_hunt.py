@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from planning.made import ORIGINAL, measured, site, steps, survey
 
 from flyweight.evaluation.bench import Survey
-from flyweight.planning.candidates import Candidate, Family
+from flyweight.planning.family import Candidate, Family
 from flyweight.records import Goal, Measured, Trial
 from flyweight.search.hunt import FITS, REPAIRS, Hunt, Tools, first_guess, next_loss
 
@@ -37,6 +37,8 @@ class World:
     failing: frozenset[str] = frozenset()
     variants: Mapping[str, str] = field(default_factory=dict)
     """Family -> its variant, which is not among the uniform candidates."""
+    saves: Mapping[str, int] = field(default_factory=dict)
+    """Of families whose codes tell it: bytes that they take from the original's 1000."""
     scored: list[str] = field(default_factory=list)
     surveyed: list[str] = field(default_factory=list)
 
@@ -52,7 +54,8 @@ class World:
     def candidate(self, name: str) -> Candidate:
         variants = [self.candidate(self.variants[name]).family] if name in self.variants else []
         chosen = steps(*SITES) if self.drops.get(name) else {}
-        return Candidate(Family(name, chosen, variants=lambda: variants), "torch")
+        family = Family(name, chosen, variants=lambda: variants, saves=self.saves.get(name))
+        return Candidate(family, "torch")
 
     def truth(self, name: str, spared: Sequence[str] = ()) -> tuple[float, float]:
         """(speedup, drop)."""
@@ -348,6 +351,42 @@ def test_the_size_may_be_the_goal() -> None:
     best = world.hunt().best
     assert best is not None
     assert (best.name, best.bytes) == ("int8", 333)
+
+
+SMALLER = {"half": 500, "third": 650, "quarter": 750}
+"""Families by size, with what they save."""
+
+
+def sizes(drops: Mapping[str, Sequence[float]], patience: int = 10**6) -> World:
+    """A world of families that are as fast as the original, and smaller."""
+    goal, found = replace(GOAL, minimize="size"), {name: 1000 - saved for name, saved in SMALLER.items()}
+    return World(dict.fromkeys(SMALLER, 1.0), drops, goal=goal, sizes=found, saves=SMALLER, patience=patience)
+
+
+def test_where_bytes_count_the_smallest_is_built_first_and_larger_ones_only_as_alternatives() -> None:
+    world = sizes({name: EVEN for name in SMALLER})
+    hunt = world.hunt()
+    assert hunt.best is not None
+    assert hunt.best.name == "quarter"
+    assert world.surveyed == world.scored == ["quarter", "third", "half"]
+    world = sizes({name: EVEN for name in SMALLER}, patience=6)
+    hunt = world.hunt()
+    assert world.scored == ["quarter"]
+    reasons = {c.name: trial.reason for c, trial in hunt.trials.items()}
+    assert "by its codes, and quarter takes" in reasons["half"]
+
+
+def test_where_bytes_count_a_larger_one_is_built_when_the_smaller_breaks_the_bound() -> None:
+    world = sizes({"quarter": [1.0] * 8, "third": EVEN, "half": EVEN}, patience=12)
+    world.hunt()
+    assert world.scored[:2] == ["quarter", "third"]
+
+
+def test_what_only_the_file_tells_is_built_before_what_the_codes_tell() -> None:
+    world = sizes({name: EVEN for name in SMALLER})
+    world.saves = {"half": 500, "third": 650}
+    world.hunt()
+    assert world.surveyed[0] == "quarter"
 
 
 def test_the_same_world_gives_the_same_search() -> None:

@@ -5,88 +5,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
 from flyweight import discover
 from flyweight.analysis.bare import layer_at
 from flyweight.analysis.machine import instructions
-from flyweight.planning.allocate import Level, allocate, smallest
-from flyweight.planning.damage import predicted, scaled
-from flyweight.records import JSON, Goal, Plan, Site, Step
-from flyweight.transforms import Context, _options, smooth
+from flyweight.planning import own_types
+from flyweight.planning.allocate import Level, allocate
+from flyweight.planning.damage import predicted
+from flyweight.planning.family import Candidate, Family, fed, steps_of, weighed
+from flyweight.planning.own_types import LOSS
+from flyweight.records import JSON, Goal, Site, Step
+from flyweight.transforms import Context, smooth
 from flyweight.transforms.weight_only import nbytes
 
 LOW_BITS = (4, 3)
 """Widths below 8 bits that are tried; fewer break any sensible contract without training."""
-WIDE_TYPES, LOW_TYPES = (8, 4), (3, 2)
-"""Bits of a runtime's own types that are tried in all layers: always, and only where none are mixed."""
-LOSS = 0.01
-"""What Huffman-coded weights may add to the loss at first where no drop is allowed."""
 LINEAR = 0.1
 """Share of the arithmetic in linear layers above which their inputs are also rounded row by row."""
 FEW_ROWS = 16
 """Inputs that a weight meets in one prediction up to which reading it takes longer than multiplying with it."""
-Types: TypeAlias = Mapping[int, Sequence[Mapping[str, JSON]]]
-"""By bits, options of `weight_only`."""
 _ORIGINAL = "float32"
 BASELINE = "torch"
 """The runtime of the original, with which every candidate is compared."""
-
-
-@dataclass(frozen=True, eq=False)
-class Family:
-    """One way to treat every site, and the gentler way to treat those that it would hurt."""
-
-    name: str
-    steps: Mapping[str, Step] = field(default_factory=dict)
-    gentler: Mapping[str, Step] = field(default_factory=dict)
-    """For a spared site; a site without an entry is left as it is."""
-    before: tuple[Step, ...] = ()
-    """Steps that keep what the model computes and make it easier to round."""
-    variants: Callable[[], Sequence[Family]] = tuple
-    """As fast and as large, but rounded otherwise; tried in turn when this family breaks the contract."""
-    loss: float = 0.0
-    """What its weights add to the model's loss, in nats, by prediction; 0: not told."""
-    at: Callable[[float], Family] | None = None
-    """The same with another loss."""
-    only: str = ""
-    """The one runtime that it is made for; empty: it is tried on all."""
-
-    @property
-    def methods(self) -> frozenset[str]:
-        """The methods it uses."""
-        return frozenset(step.method for step in self.steps.values())
-
-    def plan(self, folds: Sequence[Step], spared: Iterable[str] = ()) -> Plan:
-        """The family's plan, with some sites spared. Norms are folded though nothing else is done: all share one export."""
-        chosen = {**self.steps}
-        for name in spared:
-            del chosen[name]
-            if name in self.gentler:
-                chosen[name] = self.gentler[name]
-        return Plan((*folds, *self.before, *(chosen[name] for name in self.steps if name in chosen)))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A family on a runtime, with some sites spared."""
-
-    family: Family
-    runtime: str
-    spared: tuple[str, ...] = ()
-
-    @property
-    def name(self) -> str:
-        """What it is, in a few words."""
-        return f"{self.family.name}, {len(self.spared)} layers spared" if self.spared else self.family.name
-
-    def sparing(self, sites: Iterable[str]) -> Candidate:
-        """The same with other sites spared."""
-        return dataclasses.replace(self, spared=tuple(sites))
 
 
 def families(
@@ -101,24 +44,18 @@ def families(
     With what is known of the sites also one whose bits differ from layer to layer. A runtime whose file has types of its own
     for weights gets families of these.
     """
-    own = {name: types for name in runtimes if (types := _types(model, name))}
+    own = {name: types for name in runtimes if (types := own_types.types(model, name))}
     found = [] if goal.minimize == "size" else [Family(_ORIGINAL)]
     if not own or len(own) < len(runtimes):
         found += _general(model, sites, goal, context)
     for name, types in own.items():
-        found += _typed(name, _ladder(model, sites, types), goal, _priced(model, sites, types, context))
-    return [family for family in found if family.steps or family.name == _ORIGINAL]
-
-
-def _damage_of(steps: Mapping[str, Step], levels: Mapping[str, Sequence[Level]]) -> float:
-    """The predicted damage of steps; 0 where it is infinite: nothing can then be said by it."""
-    found = sum(one.damage for name, some in levels.items() for one in some if one.step == steps[name])
-    return found if math.isfinite(found) else 0.0
+        found += own_types.families(name, model, sites, types, goal, context)
+    return [weighed(family, model, sites) for family in found if family.steps or family.name == _ORIGINAL]
 
 
 def _general(model: nn.Module, sites: Sequence[Site], goal: Goal, context: Context | None) -> list[Family]:
     """The families for any runtime."""
-    stored = _steps(model, sites, "weight_only", {})
+    stored = steps_of(model, sites, "weight_only", {})
     found = []
     if goal.minimize == "size":
         known = [s for s in sites if s.kind != "embedding" or _seen(context, s)]
@@ -132,78 +69,6 @@ def _general(model: nn.Module, sites: Sequence[Site], goal: Goal, context: Conte
     return found + _int8(model, sites, stored, _scaled(model, sites, context))
 
 
-def _types(model: nn.Module, runtime: str) -> Types:
-    """The types that a runtime's file has for a model's weights beside plain integers; most runtimes have none."""
-    known = discover.method("runtimes", runtime)
-    return known.weights(model) if hasattr(known, "weights") else {}
-
-
-def _ladder(model: nn.Module, sites: Sequence[Site], types: Types) -> dict[int, dict[str, Step]]:
-    """Steps by bits, most first; a site that no type of so many bits fits keeps the next more."""
-    found: dict[int, dict[str, Step]] = {}
-    steps: dict[str, Step] = {}
-    for bits in sorted(types, reverse=True):
-        steps = dict(steps)
-        for options in types[bits]:
-            steps |= _fed(model, sites, options)
-        found[bits] = steps
-    return found
-
-
-def _priced(
-    model: nn.Module, sites: Sequence[Site], types: Types, context: Context | None
-) -> Callable[[], dict[str, list[Level]]]:
-    """Every type that fits a site, with its bytes and its predicted damage; found when first asked for."""
-
-    @functools.cache
-    def levels() -> dict[str, list[Level]]:
-        found: dict[str, list[Level]] = {}
-        if context is None:
-            return found
-        fitting = [_fed(model, sites, options) for some in types.values() for options in some]
-        for site in sites:
-            steps = [each[site.name] for each in fitting if site.name in each]
-            plain = [{k: v for k, v in step.options.items() if k != "rounding"} for step in steps]
-            damages = scaled(model, site, plain, context) if steps else None
-            if damages is not None:
-                layer = layer_at(model, site.name)
-                sizes = [nbytes(layer, site, options) for options in plain]
-                found[site.name] = [Level(*each) for each in zip(steps, sizes, damages, strict=True)]
-        return found
-
-    return levels
-
-
-def _typed(
-    runtime: str,
-    ladder: Mapping[int, Mapping[str, Step]],
-    goal: Goal,
-    priced: Callable[[], Mapping[str, Sequence[Level]]],
-) -> list[Family]:
-    """A runtime's own types: the same bits everywhere and, where bytes count, mixed for the least bytes within a loss.
-
-    A mixture has the low bits where they do least harm, so the lowest are tried by themselves only without one. It begins
-    with the loss predicted for 4 bits everywhere, and so no larger than these.
-    """
-    most = next(iter(ladder.values()), {})
-
-    def mixed(loss: float) -> Family:
-        steps = {name: level.step for name, level in smallest(priced(), loss).items()}
-        name = f"mixed types, predicted loss {loss:.2g}"
-        return Family(name, {**most, **steps}, loss=loss, at=mixed, only=runtime)
-
-    uniform, gentler = [], most
-    for bits, steps in ladder.items():
-        if steps != gentler or steps is most:
-            uniform.append((bits, Family(f"{bits}-bit types", steps, gentler, only=runtime)))
-        gentler = dict(steps)
-    fitted = []
-    if goal.minimize != "latency" and priced():
-        fitted = [mixed(max(goal.max_drop or LOSS, _damage_of(ladder[WIDE_TYPES[-1]], priced())))]
-    tried = WIDE_TYPES if fitted or goal.minimize == "latency" else WIDE_TYPES + LOW_TYPES
-    return fitted + [family for bits, family in uniform if bits in tried]
-
-
 def _low_bit(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]) -> list[Family]:
     """Fewer bits a weight, rounded by error feedback where inputs are known; a spared site has the next more bits."""
     found, gentler = [], stored
@@ -212,18 +77,10 @@ def _low_bit(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]
         whole: dict[str, JSON] = {"bits": bits, "symmetric": False}
         steps = dict(stored)
         for given in (whole, grouped):  # a later one takes the place of an earlier one where it fits
-            steps |= _fed(model, sites, given)
+            steps |= fed(model, sites, given)
         if steps != stored:
             found.append(Family(f"int{bits} weights", steps, gentler))
             gentler = steps
-    return found
-
-
-def _fed(model: nn.Module, sites: Sequence[Site], options: Mapping[str, JSON]) -> dict[str, Step]:
-    """Weights stored by options, rounded by error feedback where inputs are known and bits are fewer than 8."""
-    found = _steps(model, sites, "weight_only", options)
-    if options.get("bits") != WIDE_TYPES[0]:
-        found |= _steps(model, sites, "weight_only", {**options, "rounding": "error_feedback"})
     return found
 
 
@@ -257,7 +114,7 @@ def _blocks(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step])
         return []
     steps: dict[str, Step] = {}
     for rounding in ({}, {"rounding": "error_feedback"}):
-        steps |= _steps(model, sites, "block_int8", rounding)
+        steps |= steps_of(model, sites, "block_int8", rounding)
     return [Family("int4 blocks, int8 inputs", {**stored, **steps}, stored)] if steps else []
 
 
@@ -275,9 +132,9 @@ def _entropy(
     sites, known = given
     weights = sum(layer_at(model, s.name).get_parameter("weight").numel() for s in known) or 1
     level = float(f"{math.sqrt(24 * loss / weights):.3g}")  # an entry adds about level^2 / 24
-    steps = dict(stored) | _steps(model, sites, "weight_only", {"code": "entropy", "step": 0.25})
+    steps = dict(stored) | steps_of(model, sites, "weight_only", {"code": "entropy", "step": 0.25})
     fed: dict[str, JSON] = {"code": "entropy", "rounding": "waterfilling", "level": level}
-    steps |= _steps(model, known, "weight_only", fed)
+    steps |= steps_of(model, known, "weight_only", fed)
     if steps == stored:
         return []
     at = functools.partial(_entropy, model, given, stored)
@@ -337,13 +194,13 @@ def _ranged(
 ) -> list[Family]:
     options: dict[str, JSON] = {} if reduced else {"reduced": False}
     ending = "" if reduced else ", full range"
-    static = _steps(model, sites, "static_int8", options)
+    static = steps_of(model, sites, "static_int8", options)
     convolutions = {s.name: static[s.name] for s in sites if s.kind == "conv" and s.name in static}
     # ONNX Runtime decodes stored weights only once where no activation has a fixed range.
     gentler = {} if convolutions else stored
     found = []
     for rows in (False, True) if _mostly_linear(sites) else (False,):
-        dynamic = _steps(model, sites, "dynamic_int8", {**options, "per_row": rows})
+        dynamic = steps_of(model, sites, "dynamic_int8", {**options, "per_row": rows})
         if dynamic:
             name = ("static and dynamic int8" if convolutions else "dynamic int8") + " per row" * rows
             found.append(Family(name + ending, {**stored, **convolutions, **dynamic}, gentler))
@@ -384,16 +241,3 @@ def sensitivity(family: Family, sites: Sequence[Site], damages: Mapping[str, flo
         name for name in family.steps if name in damages and family.gentler.get(name) != family.steps[name]
     ]
     return sorted(able, key=lambda name: damages[name] / gain[name] ** 0.5, reverse=True)
-
-
-def _steps(
-    model: nn.Module, sites: Sequence[Site], method: str, options: Mapping[str, JSON]
-) -> dict[str, Step]:
-    """The method's step at every site that takes it; options it refuses at a site leave that site out."""
-    module = discover.method("transforms", method)
-    read = _options.read(module, options, method)
-    return {
-        site.name: Step(method, site.name, _options.plain(read))
-        for site in sites
-        if module.levels(site) and module.refuse(site, read, layer_at(model, site.name)) is None
-    }

@@ -1,8 +1,10 @@
 """Looks for the best candidate within the contract in as few evaluations as possible.
 
 First every uniform candidate is timed and weighed, which is cheap. Then they are scored, the most promising first, until
-none that is left could win. A family that gains more than the best so far but breaks the contract is repaired: its most
-sensitive sites are spared, as few as the contract allows, by bisection along the order of their predicted damage.
+none that is left could win. Where bytes count, which codes tell without a model, families are built and scored one after
+the other, the smallest first, and what cannot be smaller than the best so far is not built. A family that gains more than
+the best so far but breaks the contract is repaired: its most sensitive sites are spared, as few as the contract allows, by
+bisection along the order of their predicted damage.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from dataclasses import dataclass, field
 
 from flyweight.evaluation.bench import Survey, exact
 from flyweight.planning import choose
-from flyweight.planning.candidates import Candidate, Family, sensitivity
+from flyweight.planning.candidates import sensitivity
+from flyweight.planning.family import Candidate, Family
 from flyweight.records import Goal, Measured, Site, Trial
 
 LOOKING = 0.5
@@ -55,11 +58,55 @@ class Hunt:
     tools: Tools
     trials: dict[Candidate, Trial] = field(default_factory=dict)
     surveys: dict[Candidate, Survey] = field(default_factory=dict)
+    building: float = 0.0
+    """Share of the time that the longest survey took, with what it built."""
 
     def run(self, candidates: Sequence[Candidate]) -> None:
         """Search; what was found is in `trials`."""
-        self._look(candidates)
-        order = sorted(self.surveys, key=self._gain, reverse=True)
+        larger: Sequence[Candidate] = ()
+        if self.goal.minimize == "size":
+            larger = self._smallest_first(candidates)
+        else:
+            self._look(candidates)
+            self._score(candidates)
+        order = self._by_gain(candidates)
+        for candidate in order:
+            if candidate.family.at is None and self._worth_repair(candidate):
+                self._mend(candidate)
+        self._alternatives([*order, *larger])
+
+    def _smallest_first(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Build, time and score family after family; first those of which only the file tells how small they are.
+
+        Returns those that were not built, since they are larger than the best.
+        """
+        larger: list[Candidate] = []
+        families = dict.fromkeys(candidate.family for candidate in candidates)
+        for family in sorted(families, key=self._least_bytes):
+            some = [candidate for candidate in candidates if candidate.family is family]
+            reason = self._too_large(family)
+            if reason:
+                self.trials |= {candidate: self.tools.skip(candidate, reason) for candidate in some}
+                larger += some
+            else:
+                self._look(some, share=1.0)
+                self._score(some)
+        return larger
+
+    def _least_bytes(self, family: Family) -> int:
+        """Bytes of a family's file, as far as they are known before it is built."""
+        return 0 if family.saves is None else self.original.bytes - family.saves
+
+    def _too_large(self, family: Family) -> str:
+        """Why a family's files cannot be the smallest; empty when they can."""
+        least, best = self._least_bytes(family), self.best
+        if best is None or least <= best.bytes * choose.TIE:
+            return ""
+        return f"{least / 1e6:.1f} MB by its codes, and {best.name} takes {best.bytes / 1e6:.1f} MB within the contract"
+
+    def _score(self, candidates: Sequence[Candidate]) -> None:
+        """Score what was surveyed, the most promising first, and fit the loss of the first that has one."""
+        order = self._by_gain(candidates)
         safe = next((c for c in order if exact(c.family.plan(())) and not self.surveys[c].failure), None)
         for candidate in ([safe] if safe else []) + order:
             if candidate not in self.trials:
@@ -67,12 +114,12 @@ class Hunt:
         fitting = [c for c in order if c.family.at is not None and self.trials[c].measured is not None]
         for candidate in fitting[:1]:
             self._fit(candidate)
-        for candidate in order:
-            if candidate.family.at is None and self._worth_repair(candidate):
-                self._mend(candidate)
-        self._alternatives(order)
 
-    def _look(self, candidates: Sequence[Candidate]) -> None:
+    def _by_gain(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """Those that were surveyed, the largest gain first."""
+        return sorted((c for c in candidates if c in self.surveys), key=self._gain, reverse=True)
+
+    def _look(self, candidates: Sequence[Candidate], share: float = LOOKING) -> None:
         """Survey candidates, as many as a share of the time allows; what its likes were much too slow for is left out."""
         slow: set[tuple[str, frozenset[str]]] = set()
         for candidate in candidates:
@@ -81,12 +128,12 @@ class Hunt:
                 self.trials[candidate] = self.tools.skip(
                     candidate, f"weights stored otherwise were much slower on {candidate.runtime} already"
                 )
-            elif not self._may_go_on() or (self.surveys and self.tools.time_used() > LOOKING):
+            elif not self._may_go_on() or (self.surveys and self.tools.time_used() > share):
                 self.trials[candidate] = self.tools.skip(
                     candidate, "the time was used up before it could be timed"
                 )
             else:
-                survey = self.surveys[candidate] = self.tools.survey(candidate)
+                survey = self._survey(candidate)
                 too_slow = survey.speedup_high < MUCH_SLOWER and choose.speed_counts(self.goal)
                 if too_slow and not survey.failure:
                     slow.add(kind)
@@ -96,18 +143,29 @@ class Hunt:
         """The best so far."""
         return choose.best(self.measured(), self.goal, self.original)
 
-    def _may_go_on(self) -> bool:
-        """Whether there is time for as much as the longest trial took."""
-        longest = max((trial.seconds for trial in self.trials.values()), default=0.0)
-        return self.tools.time_used() + longest / self.goal.within < 1
+    def _survey(self, candidate: Candidate) -> Survey:
+        """Build, time and weigh a candidate."""
+        begin = self.tools.time_used()
+        survey = self.surveys[candidate] = self.tools.survey(candidate)
+        self.building = max(self.building, self.tools.time_used() - begin)
+        return survey
 
-    def _alternatives(self, order: Sequence[Candidate]) -> None:
+    def _may_go_on(self, *, built: bool = False) -> bool:
+        """Whether there is time for as much as the longest trial took, and, unless it is built, the longest survey."""
+        longest = max((trial.seconds for trial in self.trials.values()), default=0.0) / self.goal.within
+        return self.tools.time_used() + longest + (0.0 if built else self.building) < 1
+
+    def _alternatives(self, candidates: Sequence[Candidate]) -> None:
         """Score the best candidate of families that were skipped, while half of the time is left."""
         known = {c.family.name for c, trial in self.trials.items() if trial.measured is not None}
         tried = 0
-        for candidate in order:
-            fresh = candidate.family.name not in known and not self.surveys[candidate].failure
-            if fresh and tried < ALTERNATIVES and self._gain(candidate) > 1 and self.tools.time_used() < 0.5:
+        for candidate in candidates:
+            if tried == ALTERNATIVES or self.tools.time_used() + self.building >= 0.5:
+                return
+            if candidate.family.name in known:
+                continue
+            survey = self.surveys.get(candidate) or self._survey(candidate)
+            if not survey.failure and self._gain(candidate) > 1:
                 self._try(candidate, forced=True)
                 known.add(candidate.family.name)
                 tried += 1
@@ -130,7 +188,7 @@ class Hunt:
         """Score a candidate, or say why not."""
         survey = self.surveys[candidate]
         reason = survey.failure or ("" if forced else self._hopeless(candidate))
-        if not reason and not self._may_go_on():
+        if not reason and not self._may_go_on(built=True):
             reason = "the time was used up before it could be scored"
         trial = self.tools.skip(candidate, reason) if reason else self.tools.measure(candidate)
         self.trials[candidate] = trial
@@ -180,7 +238,7 @@ class Hunt:
 
     def _surveyed(self, candidate: Candidate) -> Measured | None:
         """Survey and score a candidate that the search thought of; None where it cannot win."""
-        self.surveys[candidate] = self.tools.survey(candidate)
+        self._survey(candidate)
         return self._try(candidate).measured
 
     def _fit(self, candidate: Candidate) -> None:
