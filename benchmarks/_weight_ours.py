@@ -52,7 +52,7 @@ def ours(name: str, bits: int) -> dict[str, JSON]:
         return {**common, "range": "minmax"}
     if name == "flyweight_entropy":
         return {"code": "entropy", "rounding": "waterfilling", "bits": min(7.0, file_bits(bits))}
-    return {**common, "rounding": "error_feedback"}
+    return {**common, "rounding": "coordinate", "refit": True, "drift": 0.0, "sweeps": 2}
 
 
 def quantize(task: Task, options: Mapping[str, JSON]) -> Ours:

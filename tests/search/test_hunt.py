@@ -364,12 +364,12 @@ def sizes(drops: Mapping[str, Sequence[float]], patience: int = 10**6) -> World:
 
 
 def test_where_bytes_count_the_smallest_is_built_first_and_larger_ones_only_as_alternatives() -> None:
-    world = sizes({name: EVEN for name in SMALLER})
+    world = sizes(dict.fromkeys(SMALLER, EVEN))
     hunt = world.hunt()
     assert hunt.best is not None
     assert hunt.best.name == "quarter"
     assert world.surveyed == world.scored == ["quarter", "third", "half"]
-    world = sizes({name: EVEN for name in SMALLER}, patience=6)
+    world = sizes(dict.fromkeys(SMALLER, EVEN), patience=6)
     hunt = world.hunt()
     assert world.scored == ["quarter"]
     reasons = {c.name: trial.reason for c, trial in hunt.trials.items()}
@@ -383,7 +383,7 @@ def test_where_bytes_count_a_larger_one_is_built_when_the_smaller_breaks_the_bou
 
 
 def test_what_only_the_file_tells_is_built_before_what_the_codes_tell() -> None:
-    world = sizes({name: EVEN for name in SMALLER})
+    world = sizes(dict.fromkeys(SMALLER, EVEN))
     world.saves = {"half": 500, "third": 650}
     world.hunt()
     assert world.surveyed[0] == "quarter"

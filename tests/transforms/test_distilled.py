@@ -202,22 +202,34 @@ def test_a_convolution_is_tuned_too() -> None:
 
 def test_time_that_is_over_ends_the_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data, now = seeded(Chained), numbers(8), [0.0]
-    seen: list[float] = []
-    step = distilled._Moved.step
+    rates: list[list[float]] = []
 
     def clock() -> float:
         now[0] += 1.0
         return now[0]
 
-    def counted(self: Any, share: float) -> None:
-        seen.append(share)
-        step(self, share)
+    class Counted(torch.optim.Adam):
+        def step(self, closure: Any = None) -> Any:
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(closure)
 
     monkeypatch.setattr("flyweight.transforms.distilled.time.monotonic", clock)
-    monkeypatch.setattr(distilled._Moved, "step", counted)
+    monkeypatch.setattr("flyweight.transforms.distilled.torch.optim.Adam", Counted)
     applied(model, data, block_passes=0.0, passes=1000.0, seconds=6.0, **TWO)
-    assert len(seen) == 5 * 5 * 2  # five steps until the sixth second, of two tensors in each of five layers
-    assert seen == sorted(seen, reverse=True)
+    assert len(rates) == 5  # until the sixth second
+    assert {len(one) for one in rates} == {5 * 2}  # two tensors in each of five layers
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_inputs_of_very_different_size_are_tuned_alike() -> None:
+    """A channel a thousand times as large as others has slopes as much larger; the others' integers move all the same."""
+    model, data, others = seeded(Chained), numbers(32), numbers(8, 2)
+    with torch.no_grad():
+        for block in model.blocks:
+            first = next(layer for layer in block.modules() if isinstance(layer, nn.Linear))
+            first.weight[:, ::7] *= 1e3
+    rounded, tuned = applied(model, data, "weight_only", **TWO), applied(model, data, **TWO, block_passes=4.0)
+    assert far(model, tuned, others) < 0.95 * far(model, rounded, others)
 
 
 def test_batches_are_split_where_they_are_few() -> None:

@@ -43,10 +43,10 @@ CODES = ("integer", "ternary", "palette")
 """Codes whose integers are evenly spaced, or whose values are their own."""
 _NO_BETTER = "on the examples kept apart that did no better, so it stays as it was before"
 _OWN = ("block_passes", "passes", "seconds", "seed")
-_LEVELS, _OTHERS = 0.03, 0.003
-"""How far a step moves levels, in steps of the grid, and all else, as a share: the root mean square over a tensor."""
-_SLOPE, _SIZE = 0.9, 0.95
-"""Shares of the past in the mean slope that is followed, and in the mean square that it is measured by."""
+_LEVELS, _OTHERS = 0.01, 0.001
+"""How far the first step moves levels, in steps of the grid, and all else, as a share."""
+_MEMORY = (0.9, 0.99)
+"""Shares of the past in each entry's mean slope, and in the mean square that it is measured by."""
 _APART = 8
 """One in so many examples judges what the others taught."""
 _PIECES = 64
@@ -151,7 +151,7 @@ def settle(place: Place, found: Changes, sites: Mapping[str, Options]) -> Change
 
     def loss(block: nn.Module, index: int) -> torch.Tensor:
         gone = passing(block, place.arguments[index], place.current[index])
-        return _error(place.wanted[index], gone)
+        return _error_of_rows(place.wanted[index], gone)
 
     def block_of(tuned: Mapping[str, nn.Module]) -> nn.Module:
         return place.changed({**found, **tuned})
@@ -216,14 +216,17 @@ class _Pace:
 def _learn(
     numbers: Sequence[Numbers], loss: Callable[[int], torch.Tensor], taught: Sequence[int], pace: _Pace
 ) -> None:
-    """Move the numbers by one example after another, in an order that is drawn, less and less until the time is over."""
+    """Move the numbers by one example after another, in an order that is drawn, less and less until the time is over.
+
+    By Adam (Kingma and Ba, arXiv 1412.6980, 2014): inputs differ in size by channel, and so do slopes; measured by one size
+    for all, those of the largest channels alone would move. A slope that is not finite moves nothing.
+    """
     steps, begin = max(1, round(pace.passes * len(taught))), time.monotonic()
     limit = math.inf if pace.options.seconds is None else pace.options.seconds * pace.part
-    moved = [
-        _Moved(one, _LEVELS if one is owner.levels else _OTHERS)
-        for owner in numbers
-        for one in owner.moving()
-    ]
+    moved = [one for owner in numbers for one in owner.moving()]
+    levels = {id(owner.levels) for owner in numbers}
+    rates = [_LEVELS if id(one) in levels else _OTHERS for one in moved]
+    optimizer = torch.optim.Adam([{"params": [one]} for one in moved], betas=_MEMORY)
     random = torch.Generator().manual_seed(pace.options.seed)
     for step in range(steps):
         if not step % len(taught):
@@ -231,34 +234,15 @@ def _learn(
         done = max(step / steps, (time.monotonic() - begin) / limit)
         if done >= 1:
             return
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - done)
+        optimizer.zero_grad()
         with torch.enable_grad():
             loss(taught[order[step % len(taught)]]).backward()
-        for one in moved:
-            one.step(1 - done)
+        if all(one.grad is not None and bool(one.grad.isfinite().all()) for one in moved):
+            optimizer.step()
         for owner in numbers:
             owner.hold()
-
-
-class _Moved:
-    """A tensor that follows its mean slope, by steps whose size does not depend on that of the slopes."""
-
-    def __init__(self, tensor: torch.Tensor, rate: float) -> None:
-        self.tensor, self.rate, self.steps = tensor, rate, 0
-        self.mean, self.square = torch.zeros_like(tensor), 0.0
-
-    @torch.no_grad()
-    def step(self, share: float) -> None:
-        """Move by a share of the rate, against the slope; a slope that is not finite moves nothing."""
-        slope, self.tensor.grad = self.tensor.grad, None
-        size = math.nan if slope is None else float(slope.square().mean())
-        if slope is None or not math.isfinite(size):
-            return
-        self.steps += 1
-        self.mean.lerp_(slope, 1 - _SLOPE)
-        self.square += (1 - _SIZE) * (size - self.square)
-        usual = math.sqrt(self.square / (1 - _SIZE**self.steps)) * (1 - _SLOPE**self.steps)
-        if usual > 0:
-            self.tensor.sub_(self.mean, alpha=self.rate * share / usual)
 
 
 def _one(sites: Mapping[str, Options]) -> Options:
@@ -300,6 +284,18 @@ def _error(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
     """() the relative squared error."""
     square: torch.Tensor = wanted.float().square().sum().clamp(min=1e-30)
     return (wanted.float() - found.float()).square().sum() / square
+
+
+def _error_of_rows(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """() the mean over the hidden states (..., F) of each one's relative squared error; of other tensors as a whole.
+
+    What follows a block normalizes each hidden state by itself, and some, as that of the first token, are a hundred times as
+    large as others: in a sum of squares they would count alone.
+    """
+    if wanted.ndim != 3:
+        return _error(wanted, found)
+    squares = wanted.float().square().sum(-1).clamp(min=1e-30)
+    return ((wanted.float() - found.float()).square().sum(-1) / squares).mean()
 
 
 def _parted(count: int) -> tuple[list[int], list[int]]:
