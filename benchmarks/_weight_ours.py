@@ -19,8 +19,8 @@ from flyweight.records import JSON, Plan, Step
 from flyweight.runtimes._files import pack
 from flyweight.session import FISHER
 
-NAMES = ("nearest", "flyweight", "flyweight_entropy")
-"""Rounding to nearest in the common format, our own in it, and our own smallest files."""
+NAMES = ("nearest", "flyweight", "flyweight_tuned", "flyweight_entropy")
+"""Rounding to nearest in the common format, our own in it, the same tuned block by block, and our own smallest files."""
 CLOSE = 0.04
 """Bits by which a file may be smaller than asked."""
 SOME = 9
@@ -46,13 +46,14 @@ def file_bits(bits: int) -> float:
 
 
 def ours(name: str, bits: int) -> dict[str, JSON]:
-    """The options of weight_only at every linear layer of the blocks."""
+    """The options at linear layers of the blocks: of `distilled` where they say how long to tune, else of `weight_only`."""
     common: dict[str, JSON] = {"bits": bits, "group": 32, "symmetric": False, "scale": "float16"}
     if name == "nearest":
         return {**common, "range": "minmax"}
     if name == "flyweight_entropy":
         return {"code": "entropy", "rounding": "waterfilling", "bits": min(7.0, file_bits(bits))}
-    return {**common, "rounding": "coordinate", "refit": True, "drift": 0.0, "sweeps": 2}
+    rounded: dict[str, JSON] = {**common, "rounding": "coordinate", "refit": True, "drift": 0.0, "sweeps": 2}
+    return {**rounded, "block_passes": 1.0, "passes": 0.0} if name == "flyweight_tuned" else rounded
 
 
 def quantize(task: Task, options: Mapping[str, JSON]) -> Ours:
@@ -69,7 +70,8 @@ def quantize(task: Task, options: Mapping[str, JSON]) -> Ours:
     )
 
     def layers(chosen: Mapping[str, JSON], some: Sequence[str]) -> Layers:
-        plan = Plan(tuple(Step("weight_only", path, chosen) for path in some))
+        method = "distilled" if "block_passes" in chosen else "weight_only"
+        plan = Plan(tuple(Step(method, path, chosen) for path in some))
         changed = transforms.apply(task.model, plan, sites, context)
         return {path: changed.get_submodule(path) for path in some}
 

@@ -25,6 +25,7 @@ CASES = {
 LABELS = {
     "nearest": "nearest",
     "flyweight": "flyweight, groups of 32",
+    "flyweight_tuned": "flyweight, groups of 32, tuned",
     "flyweight_entropy": "flyweight, Huffman-coded",
     "gptq": "GPTQ (llm-compressor)",
     "gptq_mse": "GPTQ (llm-compressor), ranges by squared error",
@@ -178,6 +179,7 @@ def write_page(records: Records) -> None:
 COLOURS = {
     "nearest": "#8b949e",
     "flyweight": "#1f6feb",
+    "flyweight_tuned": "#58a6ff",
     "flyweight_entropy": "#0b3d91",
     "gptq": "#d1242f",
     "gptq_mse": "#f0883e",
