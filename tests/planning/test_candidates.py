@@ -256,3 +256,22 @@ def test_what_a_family_saves_is_what_its_codes_take_from_the_weights() -> None:
     assert found["int4 weights"].saves == 4 * weights - (weights // 2 + weights // 32 * 2 + weights // 64)
     assert found["dynamic int8"].saves == 3 * weights
     assert next(f for name, f in found.items() if name.startswith("Huffman")).saves is None
+
+
+def test_few_bits_are_tuned_where_they_break_the_bound_and_the_time_allows_it() -> None:
+    model, data = (
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 16)).eval(),
+        [torch.randn(8, 64)] * 4,
+    )
+    analysis = analyse(model, data)
+    context = Context(analysis.statistics, examples=data)
+
+    def variants(goal: Goal) -> list[Family]:
+        found = {f.name: f for f in families(model, analysis.sites, goal, context)}
+        return list(found["int4 weights"].variants())
+
+    (tuned,) = variants(Goal(minimize="size"))
+    assert tuned.name == "int4 weights, tuned"
+    assert {step.method for step in tuned.steps.values()} == {"distilled"}
+    assert tuned.steps["0"].options["bits"] == 4
+    assert variants(Goal(minimize="size", within=1e-9)) == []

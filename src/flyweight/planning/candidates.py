@@ -15,10 +15,10 @@ from flyweight.analysis.machine import instructions
 from flyweight.planning import own_types
 from flyweight.planning.allocate import Level, allocate
 from flyweight.planning.damage import predicted
-from flyweight.planning.family import Candidate, Family, fed, steps_of, weighed
+from flyweight.planning.family import WIDE, Candidate, Family, fed, steps_of, weighed
 from flyweight.planning.own_types import LOSS
 from flyweight.records import JSON, Goal, Site, Step
-from flyweight.transforms import Context, smooth
+from flyweight.transforms import Context, distilled, smooth
 from flyweight.transforms.weight_only import nbytes
 
 LOW_BITS = (4, 3)
@@ -27,6 +27,10 @@ LINEAR = 0.1
 """Share of the arithmetic in linear layers above which their inputs are also rounded row by row."""
 FEW_ROWS = 16
 """Inputs that a weight meets in one prediction up to which reading it takes longer than multiplying with it."""
+TUNED: Mapping[str, float] = {"block_passes": 1.0, "passes": 0.25}
+"""How often each example tunes a block, and the model as a whole."""
+TUNING, SPEED = 0.15, 1e10
+"""Share of the run's time that tuning may take, at so many multiplications a second; backward passes are twice as dear."""
 _ORIGINAL = "float32"
 BASELINE = "torch"
 """The runtime of the original, with which every candidate is compared."""
@@ -62,7 +66,7 @@ def _general(model: nn.Module, sites: Sequence[Site], goal: Goal, context: Conte
         found += _entropy(model, (sites, known), stored, goal.max_drop or LOSS)
     found.append(Family("int8 weights", stored))
     if goal.minimize != "latency":
-        low = _low_bit(model, sites, stored)
+        low = [_tunable(model, sites, family, goal, context) for family in _low_bit(model, sites, stored)]
         found += low
         found += _mixed(model, sites, low[0], context) if low and context is not None else []
     found += _blocks(model, sites, stored)
@@ -82,6 +86,29 @@ def _low_bit(model: nn.Module, sites: Sequence[Site], stored: Mapping[str, Step]
             found.append(Family(f"int{bits} weights", steps, gentler))
             gentler = steps
     return found
+
+
+def _tunable(
+    model: nn.Module, sites: Sequence[Site], family: Family, goal: Goal, context: Context | None
+) -> Family:
+    """The family, with itself tuned without labels as a variant, where that takes no more than a share of the time."""
+    passed = sum(site.macs for site in sites) * len(context.examples if context else ())
+    if not passed or 3 * sum(TUNED.values()) * passed > TUNING * goal.within * SPEED:
+        return family
+
+    def variants() -> list[Family]:
+        steps: dict[str, Step] = {}
+        for site in sites:
+            step = family.steps.get(site.name)
+            if step is not None and step.options.get("bits", WIDE) != WIDE:
+                options: dict[str, JSON] = {**step.options, **TUNED}
+                layer = layer_at(model, site.name)
+                if distilled.refuse(site, distilled.read(options, site.name), layer) is None:
+                    steps[site.name] = Step("distilled", site.name, options)
+        tuned = dataclasses.replace(family, name=f"{family.name}, tuned", steps={**family.steps, **steps})
+        return [tuned] if steps else []
+
+    return dataclasses.replace(family, variants=variants)
 
 
 def _mixed(model: nn.Module, sites: Sequence[Site], low: Family, context: Context) -> list[Family]:
