@@ -1,7 +1,7 @@
 """The algebra of coupled dimensions: what belongs together when an index is taken out of a tensor.
 
 A dimension is a row of segments, one behind the other, and a segment is a product of atoms, the first the slowest:
-channels behind a concatenation are two segments, 9 heads of 64 are one segment of two atoms, a single neuron list is one atom.
+channels behind a concatenation are two segments, 9 heads of 64 are one segment of two atoms, a list of neurons is one atom.
 Atoms that an operation equates become one; an atom that is viewed as a product, or cut in pieces, is refined into what it
 is seen to be made of. What cannot be told this way is frozen with the reason: it keeps its size.
 """
@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeAlias
 
 import numpy as np
 
-Segment = tuple[int, ...]
+Segment: TypeAlias = tuple[int, ...]
 """Atoms; none: an index alone."""
-Dim = tuple[Segment, ...]
-Indices = np.ndarray[tuple[int], np.dtype[np.int64]]
+Dim: TypeAlias = tuple[Segment, ...]
+Indices: TypeAlias = np.ndarray[tuple[int], np.dtype[np.int64]]
+Span: TypeAlias = tuple[int, int, int, int]
+"""Offset, outer, stride, inner: index u of an atom stands at offset + o * stride + u * inner + i, o < outer, i < inner."""
 
 
 class Dimensions:
@@ -58,9 +61,17 @@ class Dimensions:
         """The number of an atom's indices."""
         return self._sizes[self._root(atom)]
 
+    def spans(self, dim: Dim, atom: int) -> tuple[Span, ...]:
+        """Where the indices of an atom stand in a dimension."""
+        return tuple(self._spans(dim, self._root(atom)))
+
     def places(self, dim: Dim, atom: int, index: int) -> Indices:
         """The indices of a dimension that belong to one index of an atom: (K,) ascending."""
-        return np.flatnonzero(self._belonging(dim, self._root(atom), index))
+        found = [
+            (offset + index * inner + np.arange(outer)[:, None] * stride + np.arange(inner)).ravel()
+            for offset, outer, stride, inner in self.spans(dim, atom)
+        ]
+        return np.unique(np.concatenate(found))
 
     def unify(self, one: Dim, two: Dim) -> None:
         """Equate two dimensions of one size, index by index."""
@@ -225,20 +236,22 @@ class Dimensions:
         if atom in self._made_of:
             self.freeze(self._made_of[atom], reason)
 
-    def _belonging(self, dim: Dim, atom: int, index: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-        """(size,) bool: which indices belong to one index of an atom."""
-        parts = []
+    def _spans(self, dim: Dim, atom: int) -> Iterator[Span]:
+        start = 0
         for segment in dim:
-            found = np.zeros((1,), dtype=bool)
+            before, inner = 1, self._width(segment)
             for one in map(self._root, segment):
-                here = np.zeros(self._sizes[one], dtype=bool)
+                size = self._sizes[one]
+                inner //= size
                 if one == atom:
-                    here[index] = True
+                    yield start, before, size * inner, inner
                 elif one in self._made_of:
-                    here = self._belonging(self._made_of[one], atom, index)
-                found = (found[:, None] | here[None, :]).ravel()
-            parts.append(found)
-        return np.concatenate(parts)
+                    for offset, outer, stride, within in list(self._spans(self._made_of[one], atom)):
+                        for time in range(before):
+                            first = start + time * size * inner + offset * inner
+                            yield first, outer, stride * inner, within * inner
+                before *= size
+            start += self._width(segment)
 
     def _width(self, segment: Iterable[int]) -> int:
         return math.prod(self._sizes[self._root(atom)] for atom in segment)
