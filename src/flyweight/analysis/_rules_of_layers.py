@@ -179,7 +179,6 @@ def _attention(walk: Walk, node: Node) -> Dims:
 def _heads(walk: Walk, q: Dims, k: Dims, v: Dims) -> Dims:
     """The heads of the queries; several of them may read one head of keys and values."""
     walk.unify(k[-3], v[-3])
-    walk.call(k[-3], "heads")
     many, few = walk.size(q[-3]), walk.size(k[-3])
     shared = walk.space.regroup([q[-3]], [few, many // few])[0] if 1 < few < many else q[-3]
     walk.call(q[-3], "heads")

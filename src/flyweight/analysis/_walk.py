@@ -26,6 +26,7 @@ class Walk:
         self.space = Dimensions()
         self.tensors: dict[str, Dims] = {}
         """Of each parameter and buffer."""
+        self.parameters = set(program.graph_signature.inputs_to_parameters.values())
         self.attributes: dict[str, Dim] = {}
         """What a module's own number is the size of."""
         self.kinds: list[tuple[str, Dim]] = []

@@ -145,8 +145,10 @@ def _told(walk: Walk) -> Coupling:
     groups: dict[str, Group] = {}
     kinds = _kinds(walk)
     for atom, places in free.items():
-        if places[0].axis is not None and walk.space.width(atom) > 1:
-            kind = kinds.get(atom, "indices")
+        if walk.space.width(atom) > 1 and any(
+            f"{_INNER}.{place.name}" in walk.parameters for place in places
+        ):
+            kind = kinds.get(atom, "channels")
             name = _unused(f"{places[0].name.rpartition('.')[0]}:{kind}", groups)
             groups[name] = Group(name, kind, walk.space.width(atom), tuple(places))
     return Coupling(tuple(groups.values()), fixed, dict(walk.unknown))
