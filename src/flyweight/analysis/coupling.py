@@ -24,7 +24,7 @@ from flyweight.analysis._walk import Walk
 from flyweight.analysis.answers import answer, vocabularies_of
 from flyweight.analysis.calls import unfused
 from flyweight.analysis.dimensions import Dim, Indices, Span
-from flyweight.errors import FlyweightError, ModelError, foreign
+from flyweight.errors import FlyweightError, ModelError, UsageError, foreign
 from flyweight.inputs.check import arguments, call
 from flyweight.records import Batch, Record
 
@@ -66,6 +66,46 @@ class Group(Record):
     """What its units are, in a word or two."""
     units: int
     places: tuple[Place, ...]
+
+
+def group_from_json(value: Any, where: str) -> Group:
+    """The group of `to_json`'s values; raises UsageError that names the place of what is wrong."""
+    try:
+        places = [
+            Place(one["name"], one["axis"], one["size"], tuple(_span(span) for span in one["spans"]))
+            for one in value["places"]
+        ]
+        group = Group(value["name"], value["kind"], value["units"], tuple(places))
+    except (KeyError, TypeError, ValueError):
+        raise UsageError("a group has name, kind, units and places", where=where) from None
+    sound = _is_count(group.units) and all(_is_sound(place, group.units) for place in places)
+    if not sound or not all(isinstance(part, str) for part in (group.name, group.kind)):
+        raise UsageError("a group's indices must lie within its dimensions", where=where)
+    return group
+
+
+def _span(value: Any) -> Span:
+    offset, outer, stride, inner = value
+    return offset, outer, stride, inner
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**31
+
+
+def _is_sound(place: Place, units: int) -> bool:
+    """Whether no index leaves the dimension; what is read from a file may be anything."""
+    numbers = [place.size, *(number for span in place.spans for number in span)]
+    return (
+        isinstance(place.name, str)
+        and (place.axis is None or _is_count(place.axis))
+        and all(map(_is_count, numbers))
+        and all(
+            max(1, outer) * max(1, inner) * units <= place.size
+            and offset + max(outer - 1, 0) * stride + units * inner <= place.size
+            for offset, outer, stride, inner in place.spans
+        )
+    )
 
 
 @dataclass(frozen=True)

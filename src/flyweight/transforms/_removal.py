@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from flyweight.analysis.answers import answer, vocabularies_of
-from flyweight.analysis.coupling import Coupling, Group
+from flyweight.analysis.coupling import Coupling, Group, Place
 from flyweight.errors import FlyweightError, ModelError, UsageError, foreign
 from flyweight.inputs.check import arguments, call
 from flyweight.records import Batch
@@ -40,17 +40,35 @@ _WIDTHS: Mapping[type[nn.Module], Mapping[str, int]] = {
 """Attributes that tell a weight's size and that no operation reads, by the class that has them: the weight's axis."""
 
 
-def removed(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
+def check(model: nn.Module, groups: Sequence[Group]) -> None:
+    """Raise UsageError unless every place of the groups is in the model, with its size."""
+    held = dict(_tensors(model))
+    for group in groups:
+        for place in group.places:
+            if _size(model, held, place) != place.size:
+                rule = "a group must be one of the model's"
+                raise UsageError(rule, got=f"another size of {place.name}", where=group.name)
+
+
+def indices(groups: Sequence[Group], kept: Kept) -> dict[str, dict[int, torch.Tensor]]:
+    """Which indices (K,) of each tensor's dimensions stay, of those from which any goes."""
+    return _by_name({key: np.flatnonzero(mask) for key, mask in _cuts(groups, kept).items()})
+
+
+def removed(
+    model: nn.Module, groups: Sequence[Group], kept: Kept, values: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
     """A new model without the units that are not kept; shared modules stay shared, and tied parameters tied.
 
-    Raises UsageError for an unknown group, for units that it does not have, or where none would stay.
+    values: other values of parameters, in their old shapes. Raises UsageError for an unknown group, for units that it does
+    not have, or where none would stay.
     """
-    cuts = _cuts(groups, kept)
-    stay = {key: np.flatnonzero(mask) for key, mask in cuts.items()}
-    found = _copied(model, _by_name(stay), _sliced)
-    for (name, axis), indices in stay.items():
+    cuts, new = indices(groups, kept), values or {}
+    changes = {name: cuts.get(name, {}) for name in {**cuts, **new}}
+    found = _copied(model, changes, lambda name, tensor: _sliced(new.get(name, tensor), changes[name]))
+    for (name, axis), mask in _cuts(groups, kept).items():
         if axis is None:
-            _assign(found, name, len(indices))
+            _assign(found, name, int(mask.sum()))
     for module in found.modules():
         _widths(module)
     return found
@@ -59,7 +77,8 @@ def removed(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
 def silenced(model: nn.Module, groups: Sequence[Group], kept: Kept) -> nn.Module:
     """A new model of the old shape in which all parameters of the units that are not kept are zero."""
     gone = {key: np.flatnonzero(~mask) for key, mask in _cuts(groups, kept).items()}
-    return _copied(model, _by_name(gone), _zeroed)
+    places = _by_name(gone)
+    return _copied(model, places, lambda name, tensor: _zeroed(tensor, places[name]))
 
 
 def proven(model: nn.Module, coupling: Coupling, batch: Batch) -> Coupling:
@@ -182,19 +201,31 @@ def _by_name(indices: Mapping[_Key, Any]) -> dict[str, dict[int, torch.Tensor]]:
 
 
 def _copied(
-    model: nn.Module,
-    changes: Mapping[str, Mapping[int, torch.Tensor]],
-    change: Callable[[torch.Tensor, Mapping[int, torch.Tensor]], torch.Tensor],
+    model: nn.Module, names: Collection[str], change: Callable[[str, torch.Tensor], torch.Tensor]
 ) -> nn.Module:
     """A deep copy of a model with some tensors changed on the way, whoever holds them."""
     memo: dict[int, Any] = {}
     for name, tensor in _tensors(model):
-        if name in changes and id(tensor) not in memo:
+        if name in names and id(tensor) not in memo:
             with torch.no_grad():
-                new = change(tensor.detach(), changes[name])
+                new = change(name, tensor.detach())
             is_parameter = isinstance(tensor, nn.Parameter)
             memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
     return copy.deepcopy(model, memo)
+
+
+def _size(model: nn.Module, held: Mapping[str, torch.Tensor], place: Place) -> int | None:
+    """What the model has at a place: a dimension's size, or a module's number."""
+    if place.axis is not None:
+        shape = held[place.name].shape if place.name in held else ()
+        return shape[place.axis] if place.axis < len(shape) else None
+    path, _, attribute = place.name.partition(":")
+    module = dict(model.named_modules()).get(path)
+    owner, _, inner = attribute.partition(".")
+    value = vars(module).get(owner) if module is not None else None
+    if inner:
+        value = getattr(value, "__dict__", {}).get(inner)
+    return value if type(value) is int else None
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
