@@ -1,6 +1,6 @@
 """Small relatives of the convolutional families, for methods that change widths: each couples its channels in another way.
 
-Pictures are (B, 3, 16, 16); outputs (B, 5), of the U-Net (B, 2, 16, 16). Builds are seeded; norms have statistics of their own.
+Pictures are (B, 3, 16, 16); outputs (B, 5), of the U-Net (B, 2, 16, 16). Builds are seeded, and norms have statistics.
 """
 
 from __future__ import annotations

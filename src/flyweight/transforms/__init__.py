@@ -7,8 +7,8 @@ all its steps, by site, and what is known of the changed model; its errors say a
 A method that goes on once layers are changed has `pieces(model, examples)`, the examples that it wants to see;
 `settle(place, changes, options by site)`, the new modules of a block in view of what leaves it; and
 `finish(original, model, options by site, context)`, new modules by path in view of the whole changed model, or none.
-A method of STRUCTURE has sites of its own, which are no layers, and `cut(model, options by site, context)`: a new model, and
-what is known of it; `complete(model, options by site, context)` writes down what it decides by looking at examples.
+A method of STRUCTURE has sites of its own, which are no layers, and `cut(model, options by site, context)`, a new
+model; `complete(model, options by site, context)` writes down what it decides by looking at examples.
 `closeness(options)` says how far outputs may move; a method without it is exact.
 Copying, ordering, checking and refusing are done here, once for all methods.
 """
@@ -24,8 +24,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from flyweight import discover
+from flyweight.analysis import fisher, gram
 from flyweight.analysis.bare import is_bare, layer_at
-from flyweight.analysis.sites import kind_of
+from flyweight.analysis.sites import analyse, kind_of
 from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
 from flyweight.records import Plan, Site, Step
@@ -105,11 +106,26 @@ def _cut(model: nn.Module, plan: Plan, context: Context) -> tuple[nn.Module, Con
     for name, chosen in _structural(plan).items():
         places = {step.site: f"steps[{index}]" for index, step in enumerate(plan.steps)}
         try:
-            model, context = discover.method("transforms", name).cut(model, chosen, context)
+            model = discover.method("transforms", name).cut(model, chosen, context)
         except UsageError as error:
             rule, where = f"{name} does not fit {error.where}: {error.rule}", places.get(error.where, "")
             raise UsageError(rule, got=error.got, where=where, way_out=error.way_out) from None
+        context = _anew(model, context) if _stages(plan) else context
     return model, context
+
+
+def _anew(model: nn.Module, context: Context) -> Context:
+    """What is known of a model whose widths have changed."""
+    if context.rebuilding or not len(context.examples):
+        return dataclasses.replace(Context(), rebuilding=context.rebuilding, say=context.say)
+    found = analyse(model, context.examples)
+    paths = [site.name for site in found.sites]
+    return dataclasses.replace(
+        context,
+        statistics=found.statistics,
+        gram=gram.lazily(model, paths, context.examples),
+        rows=fisher.lazily(model, paths, context.examples, seed=0),
+    )
 
 
 def _double(step: Step, index: int) -> UsageError:

@@ -1,15 +1,15 @@
 """Units of coupled groups taken out for good: channels, heads, neurons, recurrent units, with all that belongs to them.
 
 A step's site is a group of `analysis.coupling`, such as "layers.0.mlp.up_proj:neurons". Which units go is told by importance;
-layers that read the group make up for them by least squares. What was decided is written into the step's options, as numbers
-and names alone, so that the step can be applied again without looking at data, and a stored artifact be rebuilt.
+layers that read the group make up for them by least squares (Kurtic et al., arXiv 2302.04089, 2023). What was decided is
+written into the step's options, as numbers and names alone, so that the step can be applied again without looking at data, and
+a stored artifact be rebuilt.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,15 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from flyweight.analysis import fisher, gram, importance
+from flyweight.analysis import importance
 from flyweight.analysis.coupling import Coupling, Group, couple, group_from_json
-from flyweight.analysis.sites import analyse
 from flyweight.codes._options import require, require_one_of
 from flyweight.errors import UsageError
 from flyweight.records import JSON, Batch, Site, plain
 from flyweight.transforms import _options, _removal
 from flyweight.transforms._compensation import compensated
 from flyweight.transforms._contract import Context
+
+_NO_LAYER = "a group of coupled dimensions is pruned, not a layer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +79,7 @@ def levels(site: Site) -> Sequence[Options]:
 
 def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why no layer can be a site of this method."""
-    return "a group of coupled dimensions is pruned, not a layer"
+    return _NO_LAYER
 
 
 def closeness(options: Options) -> float:
@@ -111,17 +112,18 @@ def complete(model: nn.Module, options: Mapping[str, Options], context: Context)
     return {**options, **done}
 
 
-def cut(model: nn.Module, options: Mapping[str, Options], context: Context) -> tuple[nn.Module, Context]:
-    """The model without the units, and what is known of it; raises as `complete` does, and where a group does not fit."""
+def cut(model: nn.Module, options: Mapping[str, Options], context: Context) -> nn.Module:
+    """A new model in eval mode without the units; raises as `complete` does, and where a group is not the model's."""
     decided = complete(model, options, context)
-    found = [chosen.group for chosen in decided.values() if chosen.group is not None]
+    found = {name: chosen.group for name, chosen in decided.items() if chosen.group is not None}
+    for name, group in found.items():
+        if group.name != name:
+            raise UsageError(_NO_LAYER, got=f"the group {group.name}", where=name)
     kept = {name: units_of(chosen.kept, name) for name, chosen in decided.items()}
-    _removal.check(model, found)
-    making_up = {name for name, chosen in decided.items() if chosen.compensate and not context.rebuilding}
-    some = [group for group in found if group.name in making_up]
-    stay = _removal.indices(some, {name: units for name, units in kept.items() if name in making_up})
-    new = _removal.removed(model, found, kept, compensated(model, stay, context))
-    return new, _seen(new, context)
+    _removal.check(model, list(found.values()))
+    making_up = [name for name, chosen in decided.items() if chosen.compensate and not context.rebuilding]
+    stay = _removal.indices([found[name] for name in making_up], {name: kept[name] for name in making_up})
+    return _removal.removed(model, list(found.values()), kept, compensated(model, stay, context)).eval()
 
 
 def units_of(text: str, where: str) -> list[int]:
@@ -169,20 +171,6 @@ def _decided(group: Group, options: Options, scores: torch.Tensor) -> Options:
     many = min(group.units, math.ceil(many / options.multiple) * options.multiple)
     kept = sorted(scores.argsort(descending=True, stable=True)[:many].tolist())
     return dataclasses.replace(options, kept=text_of(kept), group=group)
-
-
-def _seen(model: nn.Module, context: Context) -> Context:
-    """What is known of a model whose widths have changed; it is collected when somebody asks for it."""
-    if context.rebuilding or not len(context.examples):
-        return dataclasses.replace(Context(), examples=context.examples, rebuilding=context.rebuilding)
-    found = analyse(model, context.examples)
-    paths = [site.name for site in found.sites]
-    return dataclasses.replace(
-        context,
-        statistics=found.statistics,
-        gram=gram.lazily(model, paths, context.examples),
-        rows=functools.partial(fisher.lazily(model, paths, context.examples[:16], seed=0)),
-    )
 
 
 def _unknown(name: str, coupling: Coupling) -> UsageError:
