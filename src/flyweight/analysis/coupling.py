@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ from flyweight.records import Batch, Record
 
 _KINDS = ("heads", "channels of a head", "recurrent units", "channels", "neurons")
 """From the one that tells most to the one that tells least."""
+_NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
+"""Where the code of PyTorch and of flyweight is."""
 _INNER = "model"
 """What the traced model is called in what is traced."""
 
@@ -164,7 +167,7 @@ def _line(error: BaseException) -> str:
     found, trace = "", error.__traceback__
     while trace is not None:
         file = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in file and "/flyweight/" not in file and not file.startswith("<"):
+        if not file.startswith(_NOT_THEIRS):
             found = f"{file}:{trace.tb_lineno}"
         trace = trace.tb_next
     return found

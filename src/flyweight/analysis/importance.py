@@ -110,7 +110,7 @@ def by_slopes(
     if not len(examples):
         raise DataError("there must be examples to learn what a unit counts", got="none")
     held = dict(model.named_parameters(remove_duplicate=False))
-    names = {place.name for group in groups for place in group.places} & held.keys()
+    names = sorted({place.name for group in groups for place in group.places} & held.keys())
     random = torch.Generator().manual_seed(seed)
     sums = [torch.zeros(group.units, dtype=torch.float64) for group in groups]
     with differentiable(model, {id(held[name]): name for name in names}):

@@ -2,8 +2,8 @@
 
 A step's site is a group of `analysis.coupling`, such as "layers.0.mlp.up_proj:neurons". Which units go is told by importance;
 layers that read the group make up for them by least squares (Kurtic et al., arXiv 2302.04089, 2023). What was decided is
-written into the step's options, as numbers and names alone, so that the step can be applied again without looking at data, and
-a stored artifact be rebuilt.
+written into the step's options, as numbers and names alone, so that the step can be applied again without looking at data,
+and a stored artifact be rebuilt.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def units_of(text: str, where: str) -> list[int]:
         if not first.isdecimal() or not (last or first).isdecimal() or len(part) > 20:
             raise UsageError('units are written as "0-5,7"', got=repr(text[:40]), where=where)
         low, high = int(first), int(last or first)
-        if not (found[-1] if found else -1) < low <= high < 2**24:
+        if not (found[-1] if found else -1) < low <= high < 2**20:
             raise UsageError("units are written in ascending order", got=repr(part), where=where)
         found += range(low, high + 1)
     return found
@@ -155,7 +155,7 @@ def _scores(
     model: nn.Module, chosen: Mapping[str, tuple[Group, Options]], context: Context
 ) -> Mapping[str, torch.Tensor]:
     found = {}
-    for kind, seed in {(options.importance, options.seed) for _, options in chosen.values()}:
+    for kind, seed in sorted({(options.importance, options.seed) for _, options in chosen.values()}):
         some = [group for group, own in chosen.values() if (own.importance, own.seed) == (kind, seed)]
         if kind in importance.SLOPES:
             each = importance.by_slopes(kind, model, some, context.examples, seed=seed)
