@@ -31,13 +31,13 @@ _ROUNDING = 2e-6
 """Of the output itself, what rounding may account for."""
 _WIDTHS: Mapping[type[nn.Module], Mapping[str, int]] = {
     nn.Linear: {"out_features": 0, "in_features": 1},
-    nn.modules.conv._ConvNd: {"out_channels": 0, "in_channels": 1},
     nn.modules.conv._ConvTransposeNd: {"in_channels": 0, "out_channels": 1},
+    nn.modules.conv._ConvNd: {"out_channels": 0, "in_channels": 1},
     nn.modules.batchnorm._NormBase: {"num_features": 0},
     nn.GroupNorm: {"num_channels": 0},
     nn.Embedding: {"embedding_dim": 1},
 }
-"""Attributes that tell a weight's size and that no operation reads, by the class that has them: the weight's axis."""
+"""Attributes that tell a weight's size and that no operation reads, by the first class that fits: the weight's axis."""
 
 
 def check(model: nn.Module, groups: Sequence[Group]) -> None:
@@ -156,7 +156,7 @@ def _wide(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
 
 def _answer(model: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
     with torch.no_grad():
-        return answer(call(model.eval(), batch), vocabularies_of(model)).tensors
+        return answer(call(model, batch), vocabularies_of(model)).tensors
 
 
 def _distance(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor] | None) -> float:
@@ -262,8 +262,9 @@ def _widths(module: nn.Module) -> None:
     """Make what a module says of its sizes true."""
     weight = module._parameters.get("weight")
     if isinstance(module, nn.RNNBase):
-        module.input_size, module.hidden_size = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[1]
-    kind = next((kind for kind in reversed(_WIDTHS) if isinstance(module, kind)), None)
+        module.input_size = module.get_parameter("weight_ih_l0").shape[1]
+        module.hidden_size = module.get_parameter("weight_hh_l0").shape[1]
+    kind = next((kind for kind in _WIDTHS if isinstance(module, kind)), None)
     if weight is None or kind is None:
         return
     groups = vars(module).get("groups", 1)
