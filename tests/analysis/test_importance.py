@@ -47,8 +47,8 @@ def test_contribution_is_the_mean_square_of_what_a_unit_gives(model, examples) -
 
 
 def test_second_order_takes_first_what_the_others_can_best_make_up_for(model, examples) -> None:
-    hidden = torch.tanh(model[0](torch.cat(examples))).double()
-    gram, weight = hidden.T @ hidden / len(hidden), model[2].weight.double()
+    hidden = torch.tanh(model[0](torch.cat(examples))).detach().double()
+    gram, weight = hidden.T @ hidden / len(hidden), model[2].weight.detach().double()
     gram += DAMPING * gram.diagonal().mean() * torch.eye(7)
     missed = []
     for unit in range(7):

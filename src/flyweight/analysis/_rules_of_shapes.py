@@ -77,7 +77,7 @@ def _repeat(walk: Walk, node: Node) -> Dims:
     dims, times = walk.dims(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
     padded = [*[walk.space.new(1)] * (len(times) - len(dims)), *dims]
     return [
-        dim * count if walk.size(dim) > 1 else walk.space.new(count)  # type: ignore[operator,arg-type]
+        dim * count if walk.size(dim) > 1 else walk.space.new(count)
         for dim, count in zip(padded, times, strict=True)
     ]
 

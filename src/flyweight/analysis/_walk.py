@@ -66,12 +66,9 @@ class Walk:
     def fresh(self, node: Node) -> Any:
         """Dimensions of which nothing is known, for what a node gives."""
         value = node.meta.get("val")
-        several = isinstance(value, tuple | list)
-        found = [
-            [self.space.new(int(size)) for size in one.shape] if isinstance(one, torch.Tensor) else []
-            for one in (value if several else [value])
-        ]
-        return found if several else found[0]
+        if isinstance(value, tuple | list):
+            return [self._new(one) for one in value]
+        return self._new(value)
 
     def freeze(self, dims: Any, reason: str) -> None:
         """Say that dimensions, lists of them or lists of lists, keep their sizes."""
@@ -102,6 +99,9 @@ class Walk:
         elif not set(names) & set(self.attributes):
             for factor, part in zip(factors, self.space.regroup([dim], sizes), strict=True):
                 self.ruled([factor], part)
+
+    def _new(self, value: Any) -> Dims:
+        return [self.space.new(int(size)) for size in value.shape] if isinstance(value, torch.Tensor) else []
 
     def _run(self) -> None:
         names, state = self._named()

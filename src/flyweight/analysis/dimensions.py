@@ -71,7 +71,7 @@ class Dimensions:
             (offset + index * inner + np.arange(outer)[:, None] * stride + np.arange(inner)).ravel()
             for offset, outer, stride, inner in self.spans(dim, atom)
         ]
-        return np.unique(np.concatenate(found))
+        return np.unique(np.concatenate([np.empty(0, dtype=np.int64), *found]))
 
     def unify(self, one: Dim, two: Dim) -> None:
         """Equate two dimensions of one size, index by index."""

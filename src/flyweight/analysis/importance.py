@@ -150,7 +150,7 @@ def _magnitude(model: nn.Module, group: Group) -> torch.Tensor:
 
 def _summed(values: torch.Tensor, place: Place, group: Group) -> torch.Tensor:
     """The sum (U,) of a tensor's values over all that belongs to each unit."""
-    line = values.movedim(place.axis or 0, 0).flatten(1).sum(1).cpu()
+    line = values.movedim(place.axis or 0, 0).reshape(place.size, -1).sum(1).cpu()
     return line[_columns(place, group, 1)].sum(1)
 
 
@@ -188,13 +188,14 @@ def inverted(gram: torch.Tensor) -> torch.Tensor:
     """The inverse (I, I) float64 of a damped matrix; inputs that are always zero count as if they were small."""
     damped = gram.double().clone()
     damped.diagonal().add_(DAMPING * float(damped.diagonal().mean()) or 1.0)
-    return torch.linalg.inv(damped)
+    inverse: torch.Tensor = torch.linalg.inv(damped)
+    return inverse
 
 
 def _missed(weight: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """What is missed when each unit goes by itself and the others make up for it: (U,)."""
     parts = weight[:, columns].movedim(1, 0)  # (U, O, K)
-    solved = torch.linalg.solve(_blocks(inverse, columns), parts.mT)
+    solved: torch.Tensor = torch.linalg.solve(_blocks(inverse, columns), parts.mT)
     return (parts * solved.mT).sum((1, 2))
 
 

@@ -67,4 +67,5 @@ def _shares(spread: torch.Tensor, gone: torch.Tensor) -> torch.Tensor:
     """How the missing inputs follow from those that stay: (missing, kept)."""
     inner = spread[~gone][:, ~gone].clone()
     inner.diagonal().add_(DAMPING * float(spread.diagonal().mean()) or 1.0)
-    return torch.linalg.solve(inner, spread[~gone][:, gone]).T
+    shares: torch.Tensor = torch.linalg.solve(inner, spread[~gone][:, gone])
+    return shares.T

@@ -118,8 +118,8 @@ def refuted(model: nn.Module, groups: Sequence[Group], kept: Kept, batch: Batch)
                 _answer(one, batch)
                 for one in (removed(model, groups, kept), silenced(model, groups, kept), model)
             )
-    except FlyweightError as error:
-        return f"the model does not run without some of its units: {error.got or error}"
+    except FlyweightError as failure:
+        return f"the model does not run without some of its units: {failure.got or failure}"
     if [one.shape for one in found] != [one.shape for one in wanted]:
         return "the output has another shape without some of its units"
     error, change, size = (_distance(wanted, other) for other in (found, before, None))

@@ -154,7 +154,7 @@ def text_of(units: Sequence[int]) -> str:
 def _scores(
     model: nn.Module, chosen: Mapping[str, tuple[Group, Options]], context: Context
 ) -> Mapping[str, torch.Tensor]:
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for kind, seed in sorted({(options.importance, options.seed) for _, options in chosen.values()}):
         some = [group for group, own in chosen.values() if (own.importance, own.seed) == (kind, seed)]
         if kind in importance.SLOPES:
