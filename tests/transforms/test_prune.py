@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from flyweight import transforms
+from flyweight import stages, transforms
 from flyweight.analysis import gram
 from flyweight.analysis.sites import analyse
+from flyweight.artifact.load import load_module, load_predictor
 from flyweight.errors import UsageError
 from flyweight.inputs.check import run
-from flyweight.records import Plan, Step
+from flyweight.records import Goal, Plan, Step, Task
 from flyweight.testing.families import family, pictures
 from flyweight.transforms import Context, prune
 from flyweight.transforms._removal import removed
@@ -128,6 +129,24 @@ def test_units_are_read_strictly(text: str) -> None:
 def test_units_go_to_text_and_back() -> None:
     assert prune.text_of([0, 1, 2, 5, 7, 8]) == "0-2,5,7-8"
     assert prune.units_of("0-2,5,7-8", "") == [0, 1, 2, 5, 7, 8]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_an_artifact_of_a_recipe_is_smaller_and_is_loaded_again(tmp_path, runtime: str) -> None:
+    model, batch = family("resnet"), pictures(8)
+    task = Task(name="pruned", model=model, examples=[batch], score=lambda predict: 1.0)
+    recipe = Plan(
+        (Step("prune", "second.0.0:channels", {"ratio": 0.5}), Step("prune", "first.0.0:channels", {}))
+    )
+    stages.apply(task, recipe, Goal(runtime=runtime, within=60), tmp_path / "out")
+    loaded = load_module(tmp_path / "out" / "best", family("resnet"))
+    assert loaded.second[0][0].out_channels == 16
+    stored = sum(file.stat().st_size for file in (tmp_path / "out" / "best").glob("weights*"))
+    assert stored < 0.8 * sum(4 * p.numel() for p in model.parameters())
+    if runtime == "onnxruntime":
+        predict = load_predictor(tmp_path / "out" / "best")
+        assert torch.allclose(predict(batch), run(loaded, batch), atol=1e-4)
 
 
 def test_a_completed_plan_does_not_fit_another_model(model, examples) -> None:
