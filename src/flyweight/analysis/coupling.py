@@ -22,7 +22,7 @@ from flyweight.analysis._attributes import Marking, remembering
 from flyweight.analysis._rules_of_layers import RULES as LAYERS
 from flyweight.analysis._rules_of_shapes import RULES as SHAPES
 from flyweight.analysis._walk import Walk
-from flyweight.analysis.answers import answer, vocabularies_of
+from flyweight.analysis.answers import floats_of
 from flyweight.analysis.calls import unfused
 from flyweight.analysis.dimensions import Dim, Indices, Span
 from flyweight.errors import FlyweightError, ModelError, UsageError, foreign
@@ -131,7 +131,7 @@ def couple(model: nn.Module, batch: Batch) -> Coupling:
     Numbers that the code computes from a tensor's shape follow a removal by themselves; numbers that are attributes are among
     the places of a group. The model is not changed.
     """
-    outer = _Answering(remembering(model), vocabularies_of(model))
+    outer = _Answering(remembering(model))
     args, kwargs = arguments(batch)
     try:
         with (
@@ -150,16 +150,15 @@ def couple(model: nn.Module, batch: Batch) -> Coupling:
 
 
 class _Answering(nn.Module):
-    """A model that gives the tensors of its output that count, and no caches."""
+    """A model that gives the floating tensors of its output, and no caches."""
 
-    def __init__(self, model: nn.Module, vocabularies: set[int]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.add_module(_INNER, model)
-        self.vocabularies = vocabularies
 
     def forward(self, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         output = call(self.get_submodule(_INNER), kwargs or args)
-        return list(answer(output, self.vocabularies).tensors)
+        return floats_of(output)
 
 
 def _line(error: BaseException) -> str:

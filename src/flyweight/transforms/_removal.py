@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from flyweight.analysis.answers import answer, vocabularies_of
+from flyweight.analysis.answers import floats_of
 from flyweight.analysis.coupling import Coupling, Group, Place
 from flyweight.errors import FlyweightError, ModelError, UsageError, foreign
 from flyweight.inputs.check import arguments, call
@@ -111,13 +111,18 @@ def proven(model: nn.Module, coupling: Coupling, batch: Batch) -> Coupling:
 
 
 def refuted(model: nn.Module, groups: Sequence[Group], kept: Kept, batch: Batch) -> str:
-    """Why a removal does not compute what the silenced model computes, on one batch; empty where it does."""
+    """Why a removal does not compute what the silenced model computes, on one batch; empty where it does.
+
+    Where the model takes a batch of no samples, the smaller one must too.
+    """
+    small, none = removed(model, groups, kept), _without_samples(batch)
     try:
         with foreign(ModelError, "it must run"):
             found, wanted, before = (
-                _answer(one, batch)
-                for one in (removed(model, groups, kept), silenced(model, groups, kept), model)
+                _answer(one, batch) for one in (small, silenced(model, groups, kept), model)
             )
+            if _takes(model, none):
+                _answer(small, none)
     except FlyweightError as failure:
         return f"the model does not run without some of its units: {failure.got or failure}"
     if [one.shape for one in found] != [one.shape for one in wanted]:
@@ -156,7 +161,22 @@ def _wide(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
 
 def _answer(model: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:
     with torch.no_grad():
-        return answer(call(model, batch), vocabularies_of(model)).tensors
+        return floats_of(call(model, batch))
+
+
+def _without_samples(batch: Batch) -> Batch:
+    args, kwargs = arguments(batch)
+    named = {name: tensor[:0] if tensor.ndim else tensor for name, tensor in kwargs.items()}
+    return named or tuple(tensor[:0] if tensor.ndim else tensor for tensor in args)
+
+
+def _takes(model: nn.Module, batch: Batch) -> bool:
+    try:
+        with foreign(ModelError, "it must run"):
+            _answer(model, batch)
+    except FlyweightError:
+        return False
+    return True
 
 
 def _distance(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor] | None) -> float:
