@@ -59,7 +59,8 @@ class Session:
     examples_digest: str
 
     def completed(self, plan: Plan) -> tuple[Plan, list[str]]:
-        """A plan with the folds that its steps at convolutions need, and a note on what was added."""
+        """A plan with what its structural steps decide and the folds that its steps need, and a note on those."""
+        plan = transforms.complete(self.task.model, plan, self.bench.context)
         changed = {step.site for step in plan.steps if step.method not in transforms.ORDER}
         folded = {step.site for step in plan.steps if step.method in transforms.ORDER}
         added = [fold for fold in self.folds if fold.site in changed and fold.site not in folded]

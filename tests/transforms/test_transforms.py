@@ -115,9 +115,9 @@ def test_every_method_keeps_the_contract_s_form() -> None:
 
     for name, method in discover.methods("transforms").items():
         assert "arXiv" in (method.__doc__ or ""), name
-        for part in ("Options", "levels", "refuse", "replace"):
+        for part in ("Options", "levels", "refuse", "cut" if name in transforms.STRUCTURE else "replace"):
             assert hasattr(method, part), f"{name} has no {part}"
-    assert set(transforms.ORDER) <= set(discover.methods("transforms"))
+    assert {*transforms.ORDER, *transforms.STRUCTURE} <= set(discover.methods("transforms"))
 
 
 class Shared(nn.Module):

@@ -43,10 +43,19 @@ def answer(output: Any, known: Collection[int]) -> Answer:
 
     A tensor holds logits when it is called so, or when its last dimension is one of the known vocabularies' sizes.
     """
-    record = dataclasses.is_dataclass(output) and not isinstance(output, Mapping)
-    parts = vars(output) if record else output
-    floats = [one for one in tensors_in([parts]) if one.is_floating_point() and one.ndim]
+    parts, floats = _parts(output), floats_of(output)
     named = parts.get("logits") if isinstance(parts, Mapping) else None
     if named is None and floats and floats[0].ndim > 1 and floats[0].shape[-1] in known:
         named = floats[0]
     return Answer(floats if named is None else [named], named is not None)
+
+
+def floats_of(output: Any) -> list[torch.Tensor]:
+    """All floating tensors of at least one dimension in an output; caches, which are objects, are left out."""
+    return [one for one in tensors_in([_parts(output)]) if one.is_floating_point() and one.ndim]
+
+
+def _parts(output: Any) -> Any:
+    """An output, a record's fields by their names."""
+    record = dataclasses.is_dataclass(output) and not isinstance(output, Mapping)
+    return vars(output) if record else output

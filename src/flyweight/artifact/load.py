@@ -28,6 +28,8 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
     artifact = spec.read(Path(folder))
     sites = []
     for step in artifact.manifest.plan.steps:
+        if step.method in transforms.STRUCTURE:
+            continue
         try:
             sites.append(plain_site(model, step.site))
         except AttributeError:

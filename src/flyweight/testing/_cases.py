@@ -66,7 +66,7 @@ class Case:
     def apply(self, model: nn.Module | None = None, context: Context | None = None) -> nn.Module:
         """The plan applied to the model, or to another, with what was seen of this one, or another context."""
         methods = {discover.method("transforms", step.method) for step in self.plan.steps}
-        whole = any(hasattr(method, name) for method in methods for name in ("together", "finish"))
+        whole = any(hasattr(method, name) for method in methods for name in ("together", "finish", "cut"))
         few = self.examples if whole else ()
         seen = Context(self.analysis.statistics, examples=few) if context is None else context
         return transforms.apply(self.model if model is None else model, self.plan, self.analysis.sites, seen)
@@ -112,6 +112,8 @@ def cases(method: str, entry: Zoo) -> Iterator[Case | str]:
 def plans_of(method: str, model: nn.Module, analysis: Analysis, examples: Sequence[Batch]) -> list[Plan]:
     """For every level that the method proposes: the plan with that level at all sites that take it."""
     module = discover.method("transforms", method)
+    if method in transforms.STRUCTURE:
+        return _structural(method, model, examples)
     fits = module.places(model, examples) if hasattr(module, "places") else None
     if method in transforms.ORDER and fits is None:
         steps = tuple(
@@ -126,6 +128,13 @@ def plans_of(method: str, model: nn.Module, analysis: Analysis, examples: Sequen
                 plain = _options.plain(options)
                 found.setdefault(json.dumps(plain), []).append(Step(method, site.name, plain))
     return [Plan(tuple(steps)) for steps in found.values()]
+
+
+def _structural(method: str, model: nn.Module, examples: Sequence[Batch]) -> list[Plan]:
+    """A quarter of every group that can be removed, if there is one."""
+    coupling = discover.method("transforms", method).groups(model, examples[0])
+    steps = [Step(method, group.name, {"importance": "magnitude"}) for group in coupling.groups]
+    return [transforms.complete(model, Plan(tuple(steps)), Context(examples=examples))] if steps else []
 
 
 def same_form(wanted: Any, found: Any) -> None:

@@ -135,7 +135,7 @@ def refusal_truthful(case: Case) -> None:
 
 def others_untouched(case: Case) -> None:
     """What the plan does not name is as it was, bit for bit."""
-    if hasattr(discover.method("transforms", case.method), "together"):
+    if any(hasattr(discover.method("transforms", case.method), name) for name in ("together", "cut")):
         raise NotApplicable("its steps change the layers around their sites too")
     sites = {site.name: site for site in case.analysis.sites}
     places = {path.removesuffix(TURNED) for step in case.plan.steps for path in sites[step.site].paths}

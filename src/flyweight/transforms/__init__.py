@@ -7,6 +7,8 @@ all its steps, by site, and what is known of the changed model; its errors say a
 A method that goes on once layers are changed has `pieces(model, examples)`, the examples that it wants to see;
 `settle(place, changes, options by site)`, the new modules of a block in view of what leaves it; and
 `finish(original, model, options by site, context)`, new modules by path in view of the whole changed model, or none.
+A method of STRUCTURE has sites of its own, which are no layers, and `cut(model, options by site, context)`, a new
+model; `complete(model, options by site, context)` writes down what it decides by looking at examples.
 `closeness(options)` says how far outputs may move; a method without it is exact.
 Copying, ordering, checking and refusing are done here, once for all methods.
 """
@@ -22,8 +24,9 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from flyweight import discover
+from flyweight.analysis import fisher, gram
 from flyweight.analysis.bare import is_bare, layer_at
-from flyweight.analysis.sites import kind_of
+from flyweight.analysis.sites import analyse, kind_of
 from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
 from flyweight.records import Plan, Site, Step
@@ -35,6 +38,8 @@ from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
+STRUCTURE = ("prune",)
+"""Methods that change widths, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 ORDER = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed, in order; all others come after them."""
@@ -49,6 +54,7 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
     finishing = _finishing(plan, known) if len(context.examples) and not context.rebuilding else []
     for method, _ in finishing:
         context = dataclasses.replace(context, examples=method.pieces(model, context.examples))
+    model, context = _cut(model, plan, context)
     for stage in _stages(plan) or [[]]:  # no step at all still gives a copy
         changes, context = _staged(model, stage, known, context)
         model = substitute(model, changes)
@@ -58,12 +64,74 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
     return model.eval()
 
 
+def complete(model: nn.Module, plan: Plan, context: Context) -> Plan:
+    """The plan with what its structural steps decide by looking at examples written into them."""
+    done = {
+        (name, site): _options.plain(options)
+        for name, chosen in _structural(plan).items()
+        for site, options in discover.method("transforms", name).complete(model, chosen, context).items()
+    }
+    return Plan(
+        tuple(
+            dataclasses.replace(step, options=done.get((step.method, step.site), step.options))
+            for step in plan.steps
+        )
+    )
+
+
 def check(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:
     """Raise UsageError, as `apply` would, for an unknown method, site or option; nothing is computed."""
     known = {site.name: site for site in sites}
+    _structural(plan)
     for stage in _stages(plan):
         for index, step in stage:
             _site(step, f"steps[{index}]", known)
+
+
+def _structural(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
+    """The options of the methods of STRUCTURE by their sites."""
+    found: dict[str, dict[str, Any]] = {}
+    for index, step in enumerate(plan.steps):
+        if step.method in STRUCTURE:
+            options = _options.read(
+                discover.method("transforms", step.method), step.options, f"steps[{index}].options"
+            )
+            if found.setdefault(step.method, {}).setdefault(step.site, options) is not options:
+                raise _double(step, index)
+    return found
+
+
+def _cut(model: nn.Module, plan: Plan, context: Context) -> tuple[nn.Module, Context]:
+    """The model after the steps of STRUCTURE, and what is known of it."""
+    for name, chosen in _structural(plan).items():
+        places = {step.site: f"steps[{index}]" for index, step in enumerate(plan.steps)}
+        try:
+            model = discover.method("transforms", name).cut(model, chosen, context)
+        except UsageError as error:
+            rule, where = f"{name} does not fit {error.where}: {error.rule}", places.get(error.where, "")
+            raise UsageError(rule, got=error.got, where=where, way_out=error.way_out) from None
+        context = _anew(model, context) if _stages(plan) else context
+    return model, context
+
+
+def _anew(model: nn.Module, context: Context) -> Context:
+    """What is known of a model whose widths have changed."""
+    if context.rebuilding or not len(context.examples):
+        return dataclasses.replace(Context(), rebuilding=context.rebuilding, say=context.say)
+    found = analyse(model, context.examples)
+    paths = [site.name for site in found.sites]
+    return dataclasses.replace(
+        context,
+        statistics=found.statistics,
+        gram=gram.lazily(model, paths, context.examples),
+        rows=fisher.lazily(model, paths, context.examples, seed=0),
+    )
+
+
+def _double(step: Step, index: int) -> UsageError:
+    return UsageError(
+        "a site takes one step of each stage", got=f"two for {step.site}", where=f"steps[{index}]"
+    )
 
 
 def _stages(plan: Plan) -> list[list[tuple[int, Step]]]:
@@ -72,11 +140,11 @@ def _stages(plan: Plan) -> list[list[tuple[int, Step]]]:
     taken: set[tuple[int, str]] = set()
     for index, step in enumerate(plan.steps):
         discover.method("transforms", step.method)
+        if step.method in STRUCTURE:
+            continue
         rank = ORDER.index(step.method) if step.method in ORDER else len(ORDER)
         if (rank, step.site) in taken:
-            raise UsageError(
-                "a site takes one step of each stage", got=f"two for {step.site}", where=f"steps[{index}]"
-            )
+            raise _double(step, index)
         taken.add((rank, step.site))
         stages.setdefault(rank, []).append((index, step))
     return [stages[rank] for rank in sorted(stages)]

@@ -18,9 +18,12 @@ def read(method: ModuleType, options: Mapping[str, JSON], where: str) -> Any:
 
     A method whose options are not one flat record brings `read` of its own.
     """
-    if hasattr(method, "read"):
-        return method.read(options, where)
-    kinds = typing.get_type_hints(method.Options)
+    return method.read(options, where) if hasattr(method, "read") else flat(method.Options, options, where)
+
+
+def flat(record: Any, options: Mapping[str, Any], where: str) -> Any:
+    """A record of the values of its fields; raises UsageError that names the option and the place."""
+    kinds = typing.get_type_hints(record)
     for name, value in options.items():
         if name not in kinds:
             near = difflib.get_close_matches(name, kinds, n=1)
@@ -30,7 +33,7 @@ def read(method: ModuleType, options: Mapping[str, JSON], where: str) -> Any:
             wanted = getattr(kinds[name], "__name__", str(kinds[name]))
             raise UsageError(f"{name} must be {wanted}", got=f"{type(value).__name__} {value!r}", where=where)
     try:
-        return method.Options(**options)
+        return record(**options)
     except UsageError as error:
         raise error.at(f"{where}.{error.where}") from None
 
