@@ -58,4 +58,7 @@ def rows_of(grid: Grid, rows: slice) -> Grid:
     if table is not None and len(table) > 1:
         table = table.repeat_interleave(len(grid.scales) // len(table), 0)[rows]
     zeros, offsets = (None if one is None else one[rows] for one in (grid.zeros, grid.offsets))
-    return dataclasses.replace(grid, scales=grid.scales[rows], zeros=zeros, offsets=offsets, table=table)
+    mask = None if grid.mask is None else grid.mask[rows]
+    return dataclasses.replace(
+        grid, scales=grid.scales[rows], zeros=zeros, offsets=offsets, table=table, mask=mask
+    )
