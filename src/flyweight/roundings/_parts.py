@@ -34,8 +34,9 @@ def pick_parts(
     _require_shared(grid, [part for _, part in found])
     scales = torch.cat([part.scales for _, part in found])
     zeros = [part.zeros for _, part in found if part.zeros is not None]
+    masks = [part.mask for _, part in found if part.mask is not None]
     return torch.cat([integers for integers, _ in found]), dataclasses.replace(
-        grid, scales=scales, zeros=torch.cat(zeros) if zeros else None
+        grid, scales=scales, zeros=torch.cat(zeros) if zeros else None, mask=torch.cat(masks) if masks else None
     )
 
 

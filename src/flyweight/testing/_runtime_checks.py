@@ -73,7 +73,7 @@ def plans(runtime: str, entry: Zoo) -> Iterator[Case | str]:
     case = functools.partial(Case, "", entry, torch.float32, model, model, examples, analysis)
     yield case(Plan(folds))
     for name in discover.methods("transforms"):
-        if name in transforms.ORDER or discover.method("runtimes", runtime).refuse([Step(name, "")]):
+        if name in transforms.EXACT or discover.method("runtimes", runtime).refuse([Step(name, "")]):
             continue
         for plan in plans_of(name, folded, analysis, examples):
             yield case(Plan((*folds, *plan.steps)))
