@@ -47,7 +47,9 @@ def kept_by_hand(scores: torch.Tensor, pattern: str, sparsity: float) -> list[li
     stay = {
         place
         for group in rivals
-        for place in sorted(group, key=lambda p: -sums[p])[: max(1, len(group) - round((1 - share) * len(group)))]
+        for place in sorted(group, key=lambda p: -sums[p])[
+            : max(1, len(group) - round((1 - share) * len(group)))
+        ]
     }
     return [[(r // high, c // wide) in stay for c in range(columns)] for r in range(rows)]
 
@@ -57,7 +59,9 @@ def kept_by_hand(scores: torch.Tensor, pattern: str, sparsity: float) -> list[li
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
 def test_what_stays_is_what_is_largest(name: str, sparsity: float, high: int, wide: int, seed: int) -> None:
-    scores = torch.randint(0, 20, (4 * high, 12 * wide), generator=torch.Generator().manual_seed(seed)).double()
+    scores = torch.randint(
+        0, 20, (4 * high, 12 * wide), generator=torch.Generator().manual_seed(seed)
+    ).double()
     pattern = Pattern(name, sparsity)
     mask = pattern.choose(scores)
     assert pattern.spread(mask).tolist() == kept_by_hand(scores, name, sparsity)
@@ -74,7 +78,10 @@ def test_settings_that_are_no_levels_keep_the_contract_too(options: Options) -> 
 def test_scores_are_of_magnitude_or_of_what_inputs_make_of_it() -> None:
     weight = torch.tensor([[3.0, -2.0, 1.0, 0.5], [1.0, 1.5, -4.0, 0.1]])
     energy = torch.tensor([0.01, 1.0, 1.0, 100.0])
-    for score, wanted in (("magnitude", [[1, 1, 0, 0], [0, 1, 1, 0]]), ("energy", [[0, 1, 0, 1], [0, 0, 1, 1]])):
+    for score, wanted in (
+        ("magnitude", [[1, 1, 0, 0], [0, 1, 1, 0]]),
+        ("energy", [[0, 1, 0, 1], [0, 0, 1, 1]]),
+    ):
         grid = sparse.fit(weight, Options(score=score), energy)
         assert grid.mask is not None
         wanted_mask = torch.tensor(wanted) > 0

@@ -33,7 +33,9 @@ class Grid:
     offsets: torch.Tensor | None = None  # (O, G) float32, added last; None: 0
     fixed: bool = False
     """Whether scales and offsets are stored as multiples of others, so that a rounding must leave them as they are."""
-    mask: torch.Tensor | None = None  # (O, I) bool: where it is false the integer is 0, and so the value; None: true
+    mask: torch.Tensor | None = (
+        None  # (O, I) bool: where it is false the integer is 0, and so the value; None: true
+    )
     pattern: Pattern | None = None
     """Of which kind the mask is: a rounding may choose another one of that kind."""
 

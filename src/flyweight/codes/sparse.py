@@ -1,16 +1,15 @@
 """Most entries zero: a bit for each entry or block that says whether it stays, and the values of those that do.
 
-What stays is what its input's root mean square makes large, |W| ||x||, as in Sun et al., "A simple and effective pruning approach
-for large language models" (Wanda, arXiv 2306.11695, 2023), or what is large by itself. Roundings that carry errors
-on make up for what went (Frantar & Alistarh, "SparseGPT", arXiv 2301.00774, 2023), and may choose what goes themselves.
-Patterns: any entries of a tensor, as many of each output channel, N of every M neighbouring inputs, or
-blocks of R output channels by C inputs. Values are evenly spaced integers; those of 16 bits are as exact as
-half-precision floats, and leave room for values to grow to four times the largest of the weight.
+What stays is what its input's root mean square makes large, |W| ||x||, as in Sun et al., "A simple and effective pruning
+approach for large language models" (Wanda, arXiv 2306.11695, 2023), or what is large by itself. Roundings that carry errors
+on make up for what went (Frantar & Alistarh, "SparseGPT", arXiv 2301.00774, 2023); `alternating` chooses anew what stays.
+Patterns: any entries of a tensor, as many of each output channel, N of every M neighbouring inputs, or blocks of R output
+channels by C inputs. Values are evenly spaced integers; those of 16 bits are as exact as half-precision floats, and leave
+room for values to grow to four times the largest of the weight.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,8 +37,8 @@ class Options:
     sparsity: float = 0.5
     """Share of entries that become zero, in (0, 1)."""
     pattern: str = "row"
-    """Where: "row" the same share of each output channel, "tensor" anywhere, "N:M" N of every M neighbouring inputs stay, "RxC"
-    in blocks of R output channels by C inputs."""
+    """Where: "row" the same share of each output channel, "tensor" anywhere, "N:M" N of every M neighbouring inputs stay,
+    "RxC" in blocks of R output channels by C inputs."""
     score: str = "energy"
     """What stays: "energy" the largest by |W| times the input's root mean square where that is known, "magnitude" by |W|."""
     bits: int = 16
@@ -127,11 +126,16 @@ def storable(grid: Grid, options: Options) -> Grid:
 
 
 def store(integers: torch.Tensor, grid: Grid, options: Options) -> dict[str, torch.Tensor]:
-    """The packed integers of what stays, block after block, the mask's bits, and scales; UsageError for what is not storable."""
+    """The packed integers of what stays, block after block, the mask's bits, and scales.
+
+    Raises UsageError for what is not storable.
+    """
     _stored.require_range(integers, grid)
     pattern, entries = options.keep, grid.mask
     if entries is None or bool(integers[~entries].any()):
-        raise UsageError("what does not stay must be 0", got="other integers", way_out="pick on the grid's mask")
+        raise UsageError(
+            "what does not stay must be 0", got="other integers", way_out="pick on the grid's mask"
+        )
     mask = pattern.cut(entries)[..., 0]
     if int(mask.sum()) != pattern.kept(*integers.shape) or not torch.equal(pattern.spread(mask), entries):
         raise UsageError(f"a mask must be {pattern.name} with {pattern.sparsity:g} zeros", got="another one")
@@ -155,7 +159,9 @@ def restore(stored: Mapping[str, torch.Tensor], columns: int, options: Options) 
     _stored.expected(stored, forms)
     mask = _sparsity.unpacked(stored["mask"], wide)
     if int(mask.sum()) != pattern.kept(rows, columns):
-        raise ArtifactError(f"a mask must keep {pattern.kept(rows, columns)} blocks", got=str(int(mask.sum())))
+        raise ArtifactError(
+            f"a mask must keep {pattern.kept(rows, columns)} blocks", got=str(int(mask.sum()))
+        )
     blocks = torch.zeros(high, wide, pattern.height * pattern.width, dtype=torch.int16)
     found = _packing.unpack(stored["integers"], options.bits, count, signed=True)
     blocks[mask] = found.view(-1, blocks.shape[2])

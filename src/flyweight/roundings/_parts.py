@@ -36,7 +36,10 @@ def pick_parts(
     zeros = [part.zeros for _, part in found if part.zeros is not None]
     masks = [part.mask for _, part in found if part.mask is not None]
     return torch.cat([integers for integers, _ in found]), dataclasses.replace(
-        grid, scales=scales, zeros=torch.cat(zeros) if zeros else None, mask=torch.cat(masks) if masks else None
+        grid,
+        scales=scales,
+        zeros=torch.cat(zeros) if zeros else None,
+        mask=torch.cat(masks) if masks else None,
     )
 
 

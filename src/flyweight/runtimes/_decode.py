@@ -23,7 +23,9 @@ from flyweight.transforms import QuantizedLayer
 def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -> str:
     """Nodes that decode a layer's weight, (I, O) if turned, else in the layer's own shape; returns the floats' name."""
     integers, grid = module.encoded()
-    if turned and (grid.width > 1 or grid.mask is not None or (owner in low.by_rows and grid.columns is None)):
+    if turned and (
+        grid.width > 1 or grid.mask is not None or (owner in low.by_rows and grid.columns is None)
+    ):
         return low.turned(decoded(low, owner, module, turned=False))
     name = f"{owner}decoded"
     if name in low.dynamic:

@@ -1,11 +1,11 @@
 """A layer as two thinner ones: the products that matter for the inputs seen, and nothing else.
 
-Of all weights of one rank the nearest at the layer's output is U U^T W, U being the first eigenvectors of W G W^T, where G is the
-mean outer product of its inputs: the truncated SVD of W G^(1/2), as in Wang et al., "SVD-LLM" (arXiv 2403.07378, 2024), and Yuan
-et al., "ASVD" (arXiv 2312.05821, 2023), without a root or an inverse of G, which may be singular. The layer becomes `first`,
-U^T W, and `second`, U with the bias: two linear layers, or a convolution and one of single pixels (Zhang et al., "Accelerating
-very deep convolutional networks", arXiv 1505.06798, 2015). Where there is a bias, it takes over what the mean input loses, and
-G is taken around that mean. Both are sites: "layer.first" and "layer.second" take steps of later stages.
+Of all weights of one rank the nearest at the layer's output is U U^T W, U being the first eigenvectors of W G W^T, where G
+is the mean outer product of its inputs: the truncated SVD of W G^(1/2), as in Wang et al., "SVD-LLM" (arXiv 2403.07378,
+2024), and Yuan et al., "ASVD" (arXiv 2312.05821, 2023), without a root or an inverse of G, which may be singular. The layer
+becomes `first`, U^T W, and `second`, U with the bias: two linear layers, or a convolution and one of single pixels (Zhang et
+al., "Accelerating very deep convolutional networks", arXiv 1505.06798, 2015). Where there is a bias, it takes over what the
+mean input loses, and G is taken around that mean. Both are sites, "layer.first" and "layer.second", for later stages.
 """
 
 from __future__ import annotations
@@ -195,10 +195,8 @@ def _layer(site: Site, module: nn.Module, context: Context) -> _Layer:
     return _Layer(weight.numel(), each, values * unit / each)
 
 
-def _seen(
-    path: str, module: nn.Module, context: Context
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The mean (I,) of a layer's inputs where a bias can take over, and their Gram matrix (I, I) around it; None: not known."""
+def _seen(path: str, module: nn.Module, context: Context) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The mean (I,) of a layer's inputs where a bias can take over, and their Gram matrix (I, I) around it, where known."""
     gram, seen = context.gram(path), context.statistics.get(path)
     if gram is None:
         return None, None
@@ -224,11 +222,17 @@ def _plain(module: nn.Module, kind: str) -> bool:
     second = torch.eye(outputs, len(weight))
     pair = _pair(module, kind, weight, second, getattr(module, "bias", None))
     spread = [1 + (k - 1) * d for k, d in zip(like.shape[2:], getattr(module, "dilation", ()), strict=True)]
-    shape = (2, like.shape[1], *(size + 3 for size in spread)) if kind == "conv" else (2, rows(module, kind).shape[1])
+    shape = (
+        (2, like.shape[1], *(size + 3 for size in spread))
+        if kind == "conv"
+        else (2, rows(module, kind).shape[1])
+    )
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(like)
     try:
         with foreign(ModelError, "a layer must take its input alone"), torch.no_grad():
-            wanted, found = (one(x).transpose(0, -1 if kind == "linear" else 1)[:_PROBED] for one in (module, pair))
+            wanted, found = (
+                one(x).transpose(0, -1 if kind == "linear" else 1)[:_PROBED] for one in (module, pair)
+            )
     except ModelError:
         return False
     bound = _CLOSE * float(wanted.abs().max()) * torch.finfo(like.dtype).eps
@@ -251,5 +255,7 @@ def _pair(
         two = nn.Linear(len(first), len(second), bias=bias is not None)
     for layer, weight, offset in ((one, first, None), (two, second, bias)):
         layer.weight = nn.Parameter(weight.to(like), requires_grad=like.requires_grad)
-        layer.bias = None if offset is None else nn.Parameter(offset.to(like), requires_grad=like.requires_grad)
+        layer.bias = (
+            None if offset is None else nn.Parameter(offset.to(like), requires_grad=like.requires_grad)
+        )
     return LowRank(one, two).train(module.training)
