@@ -14,6 +14,7 @@ import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -65,17 +66,16 @@ class LowRank(nn.Module):
         super().__init__()
         self.first, self.second = first, second
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the second layer makes of what the first makes of x."""
-        found: torch.Tensor = self.second(self.first(x))
-        return found
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the second layer makes of what the first makes of the one input, whatever it is called."""
+        return self.second(self.first(*args, *kwargs.values()))
 
     @property
     def weight(self) -> torch.Tensor:
         """The product of the two weights, in the shape of the one that they replace, for code that asks for it."""
-        first, second = (layer.weight.flatten(1) for layer in (self.first, self.second))
-        shape = (len(second), *self.first.weight.shape[1:])
-        return (second @ first).view(shape).as_subclass(Decoded)
+        first, second = (cast(torch.Tensor, layer.weight) for layer in (self.first, self.second))
+        product = second.flatten(1) @ first.flatten(1)
+        return product.view(len(second), *first.shape[1:]).as_subclass(Decoded)
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -248,14 +248,15 @@ def _pair(
         one = copy.deepcopy(module, {id(p): None for p in module.parameters(recurse=False)})
         one.out_channels = len(first)  # type: ignore[assignment]
         spatial = like.ndim - 2
-        two: nn.Module = _CHANNELS[spatial - 1](len(first), len(second), 1, bias=bias is not None)
+        two: nn.Module = _CHANNELS[spatial - 1](
+            len(first), len(second), 1, bias=bias is not None, device="meta"
+        )
         first, second = first.view(-1, *like.shape[1:]), second.view(*second.shape, *[1] * spatial)
     else:
-        one = nn.Linear(first.shape[1], len(first), bias=False)
-        two = nn.Linear(len(first), len(second), bias=bias is not None)
-    for layer, weight, offset in ((one, first, None), (two, second, bias)):
-        layer.weight = nn.Parameter(weight.to(like), requires_grad=like.requires_grad)
-        layer.bias = (
-            None if offset is None else nn.Parameter(offset.to(like), requires_grad=like.requires_grad)
-        )
+        one = nn.Linear(first.shape[1], len(first), bias=False, device="meta")
+        two = nn.Linear(len(first), len(second), bias=bias is not None, device="meta")
+    for layer, name, value in ((one, "weight", first), (two, "weight", second), (two, "bias", bias)):
+        if value is not None:
+            own = nn.Parameter(value.to(like, copy=True), requires_grad=like.requires_grad)
+            layer.register_parameter(name, own)
     return LowRank(one, two).train(module.training)
