@@ -110,7 +110,7 @@ def fit(weight: torch.Tensor, options: Options, energy: torch.Tensor | None = No
     Raises what the contract in `flyweight.codes` says, and UsageError for scales beyond float16.
     """
     weight, energy = _weights.checked(weight, energy)
-    _weights.require_fit(refuse(*weight.shape, options))
+    _weights.require_fit(refuse(len(weight), weight.shape[1], options))
     scores = weight.double().square()
     if energy is not None and options.score == "energy":
         scores = scores * energy

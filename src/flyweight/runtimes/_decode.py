@@ -32,8 +32,8 @@ def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -
         return name
     low.dynamic.add(name)
     if grid.mask is not None:
-        shape = low.small(f"{name}.shape", torch.tensor(module.shape))
-        return low.node("Reshape", [_masked.decoded(low, owner, module), shape], name)
+        own = low.small(f"{name}.shape", torch.tensor(module.shape))
+        return low.node("Reshape", [_masked.decoded(low, owner, module), own], name)
     even = grid.table is None and not grid.fixed
     plain = even and (turned or grid.scales.shape[1] == 1)
     made = name if turned or plain else f"{name}.flat"

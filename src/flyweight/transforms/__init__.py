@@ -227,7 +227,8 @@ def with_tied(model: nn.Module, site: Site, changes: Mapping[str, nn.Module]) ->
 
 def _site(step: Step, where: str, known: Mapping[str, Site]) -> tuple[Site, Any]:
     if step.site not in known:
-        near = difflib.get_close_matches(step.site, known, n=3)
+        inner = [path for path in known if path.startswith(f"{step.site}.")]
+        near = inner[:3] or difflib.get_close_matches(step.site, known, n=3)
         hint = (
             f"did you mean {' or '.join(near)}?"
             if near

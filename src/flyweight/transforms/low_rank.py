@@ -124,7 +124,7 @@ def replace(model: nn.Module, site: Site, options: Options, context: Context) ->
     basis = vectors[:, : options.width(*weight.shape)]
     first = basis.T @ weight
     bias = getattr(module, "bias", None)
-    if mean is not None:
+    if mean is not None and bias is not None:
         bias = bias.detach() + (weight - basis @ first) @ mean
     return {site.name: _pair(module, site.kind, first, basis, bias)}
 
