@@ -129,7 +129,7 @@ class Run:
             self.notes += notes
             found = [
                 Family(
-                    "recipe", {step.site: step for step in plan.steps if step.method not in transforms.ORDER}
+                    "recipe", {step.site: step for step in plan.steps if step.method not in transforms.EXACT}
                 )
             ]
         candidates, reasons = uniform(found, runtimes)

@@ -61,8 +61,8 @@ class Session:
     def completed(self, plan: Plan) -> tuple[Plan, list[str]]:
         """A plan with what its structural steps decide and the folds that its steps need, and a note on those."""
         plan = transforms.complete(self.task.model, plan, self.bench.context)
-        changed = {step.site for step in plan.steps if step.method not in transforms.ORDER}
-        folded = {step.site for step in plan.steps if step.method in transforms.ORDER}
+        changed = {step.site for step in plan.steps if step.method not in transforms.EXACT}
+        folded = {step.site for step in plan.steps if step.method in transforms.EXACT}
         added = [fold for fold in self.folds if fold.site in changed and fold.site not in folded]
         note = f"{len(added)} batch norms were folded into convolutions that the recipe quantizes"
         return Plan((*added, *plan.steps)), [note] if added else []

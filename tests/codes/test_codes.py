@@ -23,6 +23,7 @@ MOST = {
     "ternary": (0, 2),
     "entropy": (1, 3),
     "iq4_nl": (0,),
+    "sparse": (0, 3, 5),
     "super_block": (0, 2, 3),
     "vector_palette": (1,),
 }

@@ -10,7 +10,7 @@ from flyweight.codes import Grid
 from flyweight.discover import methods
 from flyweight.roundings import Seen
 
-ROUNDINGS = tuple(name for name in methods("roundings") if name != "waterfilling")
+ROUNDINGS = tuple(name for name in methods("roundings") if name not in ("waterfilling", "alternating"))
 """Those that work with every code."""
 
 

@@ -31,6 +31,10 @@ CODES: list[dict[str, Any]] = [
     {"code": "low_float", "format": "e2m1", "group": 16, "scale": "e8m0"},
     {"code": "entropy", "step": 0.05},
     {"code": "entropy", "step": 0.05, "scale": "float32"},
+    {"code": "sparse"},
+    {"code": "sparse", "pattern": "2:4", "bits": 4, "group": 16, "scale": "float16"},
+    {"code": "sparse", "pattern": "8x1", "sparsity": 0.75, "bits": 3, "group": "tensor"},
+    {"code": "sparse", "pattern": "4x4", "bits": 6},
 ]
 BLOCKS: list[dict[str, Any]] = [
     {"code": "iq4_nl"},

@@ -26,12 +26,13 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
     artifact is damaged or belongs to another model.
     """
     artifact = spec.read(Path(folder))
-    sites = []
-    for step in artifact.manifest.plan.steps:
+    sites, steps = [], artifact.manifest.plan.steps
+    made = {path for paths in transforms.inside(steps).values() for path in paths}
+    for step in steps:
         if step.method in transforms.STRUCTURE:
             continue
         try:
-            sites.append(plain_site(model, step.site))
+            sites += [plain_site(model, step.site)] if step.site not in made else []
         except AttributeError:
             raise another_model(f"a model without the layer {step.site}", str(folder)) from None
     try:

@@ -13,6 +13,7 @@ A weight is (O, I): output channels by inputs of one of them, kernel elements in
     def restore(stored, columns, options) -> (integers, Grid)   # exact: integers int16, the grid bit for bit
 
 A grid may give each input a further factor (`Grid.columns`, of the code entropy): value = (level - zero) * scale * column.
+Where it has a mask (`Grid.mask`, of the code sparse), an integer outside is 0; a rounding may choose another of its pattern.
 A code with `COMPRESSED = True` stores integers that a Huffman coder makes smaller on disk than `nbytes` says.
 
 What `fit` returns is storable. A rounding that changes scales hands its grid through `storable` before `store`, which

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from flyweight.codes import _vectors
+from flyweight.codes._sparsity import Pattern
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,11 @@ class Grid:
     offsets: torch.Tensor | None = None  # (O, G) float32, added last; None: 0
     fixed: bool = False
     """Whether scales and offsets are stored as multiples of others, so that a rounding must leave them as they are."""
+    mask: torch.Tensor | None = (
+        None  # (O, I) bool: where it is false the integer is 0, and so the value; None: true
+    )
+    pattern: Pattern | None = None
+    """Of which kind the mask is: a rounding may choose another one of that kind."""
 
     @property
     def width(self) -> int:
@@ -52,7 +58,8 @@ class Grid:
         if zeros is not None:
             levels = levels + zeros
         if self.table is None:
-            return levels.round().clamp(self.low, self.high).to(torch.int16)
+            found = levels.round().clamp(self.low, self.high).to(torch.int16)
+            return found if self.mask is None else found * self.mask[:, start : start + found.shape[1]]
         if self.width > 1:
             counts = None if energy is None else energy.expand_as(levels).reshape(-1, self.width)
             found = _vectors.nearest(levels.reshape(-1, self.width), counts, self.table[0])

@@ -1,4 +1,4 @@
-"""Integers of 1 to 8 bits and ternary digits in bytes, row by row, without a gap inside a row.
+"""Integers of 1 to 8 and of 16 bits and ternary digits in bytes, row by row, without a gap inside a row.
 
 Bits run from the lowest of the first byte upwards, so that the first of two 4-bit integers is in the low half, as in ONNX.
 Shapes: O rows of I integers.
@@ -21,6 +21,8 @@ def packed_width(count: int, bits: int) -> int:
 def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
     """The lowest bits of integers (O, I), (O, ceil(I * bits / 8)) uint8; negative ones in two's complement."""
     rows, count = integers.shape
+    if bits == 16:
+        return integers.to(torch.int16, copy=True, memory_format=torch.contiguous_format).view(torch.uint8)
     if bits == 8:
         return integers.to(torch.int16).to(torch.uint8).clone(memory_format=torch.contiguous_format)
     low = (integers.to(torch.int16) & (2**bits - 1)).to(torch.uint8)
@@ -37,6 +39,8 @@ def pack(integers: torch.Tensor, bits: int) -> torch.Tensor:
 def unpack(packed: torch.Tensor, bits: int, count: int, signed: bool) -> torch.Tensor:
     """The (O, count) int16 integers of `pack`; signed: they may be negative."""
     rows, width = packed.shape
+    if bits == 16:
+        return packed.contiguous().view(torch.int16).clone()
     if bits == 8:
         return (packed.view(torch.int8) if signed else packed).to(torch.int16)
     words = padded(packed, (0, -width % bits)).view(rows, -1, bits)

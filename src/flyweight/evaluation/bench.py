@@ -27,7 +27,7 @@ from flyweight.runtimes.torch import caller
 
 KEEP = 2**29
 """Bytes of prepared candidates' files up to which they are kept for the measurement that follows their survey."""
-STRUCTURAL = frozenset(transforms.ORDER)
+STRUCTURAL = frozenset(transforms.EXACT)
 """Methods that keep the function the model computes."""
 SAME = 1e-3
 """Relative squared difference up to which a runtime's output counts as the model's own."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from flyweight.evaluation.quality import Drop, samples_needed
 from flyweight.planning import choose
 from flyweight.records import JSON, Goal, LayerChoice, Measured, Plan, Site, Step
-from flyweight.transforms import ORDER
+from flyweight.transforms import EXACT
 
 
 def verdict(best: Measured, goal: Goal, original: Measured, *, met: bool, scored: bool = True) -> str:
@@ -45,7 +45,7 @@ def layers(
     sites: Sequence[Site], plan: Plan, uniform: Mapping[str, Step], damages: Mapping[str, float]
 ) -> tuple[LayerChoice, ...]:
     """What was decided at each site of the chosen plan, and why; damages are those of the uniform family."""
-    steps = {step.site: step for step in plan.steps if step.method not in ORDER}
+    steps = {step.site: step for step in plan.steps if step.method not in EXACT}
     ranked = sorted(damages, key=lambda name: damages[name], reverse=True)
     return tuple(
         LayerChoice(

@@ -19,6 +19,7 @@ class Columns:
     offsets: torch.Tensor | None  # (G, O)
     middles: torch.Tensor | None  # (P, high - low) between neighbours in the table
     factors: list[float] | None  # of each column
+    mask: torch.Tensor | None  # (I, O) 1 where an integer may be other than 0
 
 
 def columns(grid: Grid) -> Columns:
@@ -26,7 +27,8 @@ def columns(grid: Grid) -> Columns:
     zeros, offsets = (None if one is None else one.T.contiguous() for one in (grid.zeros, grid.offsets))
     middles = None if grid.table is None else (grid.table[:, 1:] + grid.table[:, :-1]) / 2
     factors = None if grid.columns is None else grid.columns.tolist()
-    return Columns(grid, grid.scales.T.contiguous(), zeros, offsets, middles, factors)
+    mask = None if grid.mask is None else grid.mask.T.float().contiguous()
+    return Columns(grid, grid.scales.T.contiguous(), zeros, offsets, middles, factors, mask)
 
 
 def nearest_column(on: Columns, wish: torch.Tensor, column: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +45,8 @@ def nearest_column(on: Columns, wish: torch.Tensor, column: int) -> tuple[torch.
         levels = levels + zeros
     if on.grid.table is None or on.middles is None:
         integers = levels.round_().clamp_(on.grid.low, on.grid.high)
+        if on.mask is not None:
+            integers *= on.mask[column]
         return integers, _scaled(on, integers if zeros is None else integers - zeros, scales, column)
     index = torch.searchsorted(on.middles, levels.view(len(on.middles), -1))
     found = on.grid.table.gather(1, index).view(-1)

@@ -34,8 +34,12 @@ def pick_parts(
     _require_shared(grid, [part for _, part in found])
     scales = torch.cat([part.scales for _, part in found])
     zeros = [part.zeros for _, part in found if part.zeros is not None]
+    masks = [part.mask for _, part in found if part.mask is not None]
     return torch.cat([integers for integers, _ in found]), dataclasses.replace(
-        grid, scales=scales, zeros=torch.cat(zeros) if zeros else None
+        grid,
+        scales=scales,
+        zeros=torch.cat(zeros) if zeros else None,
+        mask=torch.cat(masks) if masks else None,
     )
 
 
@@ -58,4 +62,7 @@ def rows_of(grid: Grid, rows: slice) -> Grid:
     if table is not None and len(table) > 1:
         table = table.repeat_interleave(len(grid.scales) // len(table), 0)[rows]
     zeros, offsets = (None if one is None else one[rows] for one in (grid.zeros, grid.offsets))
-    return dataclasses.replace(grid, scales=grid.scales[rows], zeros=zeros, offsets=offsets, table=table)
+    mask = None if grid.mask is None else grid.mask[rows]
+    return dataclasses.replace(
+        grid, scales=grid.scales[rows], zeros=zeros, offsets=offsets, table=table, mask=mask
+    )

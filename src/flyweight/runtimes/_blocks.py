@@ -11,9 +11,8 @@ import torch
 
 from flyweight.codes import Grid
 from flyweight.codes._packing import packed_width
-from flyweight.runtimes._decode import floats
 from flyweight.runtimes._layout import as_rows
-from flyweight.runtimes._lowered import KINDS, Lowered
+from flyweight.runtimes._lowered import KINDS, Lowered, floats
 from flyweight.transforms import QuantizedLayer
 
 DOMAIN = "com.microsoft"
@@ -32,7 +31,12 @@ def fits(low: Lowered, owner: str, module: QuantizedLayer) -> bool:
         return False
     grid, scales = module.encoded()[1], low.weights.get(f"{owner}scales")
     own = scales is not None and scales.numel() == grid.scales.numel() and grid.group in GROUPS
-    even = grid.table is None and grid.columns is None and (grid.zeros is None) == (grid.low < 0)
+    even = (
+        grid.table is None
+        and grid.columns is None
+        and grid.mask is None
+        and (grid.zeros is None) == (grid.low < 0)
+    )
     return own and even and (_bits(grid) == 4 or module.activations == "blocks")
 
 

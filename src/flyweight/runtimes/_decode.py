@@ -14,20 +14,26 @@ import torch
 
 from flyweight.codes import Grid
 from flyweight.codes._packing import unpack
+from flyweight.runtimes import _masked
 from flyweight.runtimes._layout import TRANSPOSED, as_stored
-from flyweight.runtimes._lowered import KINDS, Lowered
+from flyweight.runtimes._lowered import KINDS, Lowered, floats
 from flyweight.transforms import QuantizedLayer
 
 
 def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -> str:
     """Nodes that decode a layer's weight, (I, O) if turned, else in the layer's own shape; returns the floats' name."""
     integers, grid = module.encoded()
-    if turned and (grid.width > 1 or (owner in low.by_rows and grid.columns is None)):
+    if turned and (
+        grid.width > 1 or grid.mask is not None or (owner in low.by_rows and grid.columns is None)
+    ):
         return low.turned(decoded(low, owner, module, turned=False))
     name = f"{owner}decoded"
     if name in low.dynamic:
         return name
     low.dynamic.add(name)
+    if grid.mask is not None:
+        own = low.small(f"{name}.shape", torch.tensor(module.shape))
+        return low.node("Reshape", [_masked.decoded(low, owner, module), own], name)
     even = grid.table is None and not grid.fixed
     plain = even and (turned or grid.scales.shape[1] == 1)
     made = name if turned or plain else f"{name}.flat"
@@ -48,6 +54,8 @@ def decoded(low: Lowered, owner: str, module: QuantizedLayer, *, turned: bool) -
 def rows(low: Lowered, owner: str, module: QuantizedLayer, ids: str, y: str) -> str:
     """Nodes that decode the rows of an embedding that its ids name; returns the floats' name, which is y."""
     integers, grid = module.encoded()
+    if grid.mask is not None:
+        return low.node("Gather", [decoded(low, owner, module, turned=False), ids], y)
     integers = integers if grid.table is None else integers - grid.low
     if grid.columns is None:
         found = _integer_rows(low, f"{owner}integers", integers, _kind(low, owner, grid), (ids, y))
@@ -342,26 +350,6 @@ def _stored(
         low.weights[key], low.layouts[key] = as_stored(integers, kind, turned=turned)
     whole = tuple(integers.T.shape if turned else integers.shape)
     return low.stored(key, KINDS[kind], whole if shape is None else shape)
-
-
-def floats(low: Lowered, key: str, shape: tuple[int, ...]) -> str:
-    """The name of stored numbers as float32."""
-    tensor = low.weights[key]
-    name = low.stored(key, shape=shape)
-    if tensor.dtype == torch.float32:
-        return name
-    cast = f"{name}.float32"
-    if cast in low.dynamic:
-        return cast
-    low.dynamic.add(cast)
-    if tensor.dtype == torch.uint8:  # powers of two by their exponents
-        exact = low.node("Cast", [name], f"{name}.exponent", to=onnx.TensorProto.FLOAT)
-        bias, two = (
-            low.small(f"{name}.bias", torch.tensor(127.0)),
-            low.small(f"{name}.two", torch.tensor(2.0)),
-        )
-        return low.node("Pow", [two, low.node("Sub", [exact, bias], f"{name}.power")], cast)
-    return low.node("Cast", [name], cast, to=onnx.TensorProto.FLOAT)
 
 
 def _turn(low: Lowered, key: str) -> None:

@@ -204,7 +204,7 @@ def _integers(path: str, layer: QuantizedLayer, order: NDArray[Any] | None) -> T
         make = functools.partial(_blocks, layout, layer, order)
         return Tensor(f"{name_of(path)}.weight", layout.type, tuple(layer.shape), make)
     integers, grid = layer.encoded()
-    if grid.table is not None or grid.columns is not None:
+    if grid.table is not None or grid.columns is not None or grid.mask is not None:
         raise ModelError("a GGUF holds evenly spaced integers", got=f"the code {layer.code}", where=path)
     low, high = (int(end) for end in torch.aminmax(integers))
     kind = _gguf.fitting(low if grid.zeros is None else min(low, 0), high, grid.zeros is not None)

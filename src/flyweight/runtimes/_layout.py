@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import cast
 
 import torch
 from torch import nn
 
 from flyweight import discover
+from flyweight.codes import Grid
 from flyweight.codes._packing import pack, unpack
+from flyweight.codes._sparsity import Pattern
 from flyweight.errors import another_model
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
@@ -91,6 +94,8 @@ def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor, layout: 
         if name == "integers"
         else (1 if shared else module.rows, grid.scales.shape[1])
     )
+    if grid.mask is not None:
+        return _kept(module, tensor, kind, grid)
     shape = shape[::-1] if turned else shape
     rows = shape[0] if ROWS in words else 1
     if kind.endswith("4"):
@@ -107,6 +112,16 @@ def _restored(module: nn.Module | None, key: str, tensor: torch.Tensor, layout: 
         return _packed(module, name, integers, grid)
     zeros = found.float().expand(module.rows, -1)
     return _packed(module, name, module.encoded()[0], dataclasses.replace(grid, zeros=zeros))
+
+
+def _kept(module: QuantizedLayer, tensor: torch.Tensor, kind: str, grid: Grid) -> torch.Tensor:
+    """What a sparse code stores of integers of an element type: those that stay, in their order."""
+    pattern, count = cast(Pattern, grid.pattern), int(cast(torch.Tensor, grid.mask).sum())
+    flat = unpack(tensor.view(1, -1), 4, count, signed=True) if kind == "int4" else tensor.to(torch.int16)
+    shape = (module.rows, module.columns)
+    blocks = torch.zeros(*pattern.blocks(*shape), pattern.height * pattern.width, dtype=torch.int16)
+    mask = pattern.cut(cast(torch.Tensor, grid.mask))
+    return _packed(module, "integers", pattern.joined(blocks.masked_scatter(mask, flat)), grid)
 
 
 def _packed(module: QuantizedLayer, name: str, integers: torch.Tensor, grid: object) -> torch.Tensor:

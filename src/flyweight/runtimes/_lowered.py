@@ -90,3 +90,23 @@ class Lowered:
             self.dynamic.add(found)
             self.node("Transpose", [name], found, perm=[1, 0])
         return found
+
+
+def floats(low: Lowered, key: str, shape: tuple[int, ...]) -> str:
+    """The name of stored numbers as float32."""
+    tensor = low.weights[key]
+    name = low.stored(key, shape=shape)
+    if tensor.dtype == torch.float32:
+        return name
+    cast = f"{name}.float32"
+    if cast in low.dynamic:
+        return cast
+    low.dynamic.add(cast)
+    if tensor.dtype == torch.uint8:  # powers of two by their exponents
+        exact = low.node("Cast", [name], f"{name}.exponent", to=onnx.TensorProto.FLOAT)
+        bias, two = (
+            low.small(f"{name}.bias", torch.tensor(127.0)),
+            low.small(f"{name}.two", torch.tensor(2.0)),
+        )
+        return low.node("Pow", [two, low.node("Sub", [exact, bias], f"{name}.power")], cast)
+    return low.node("Cast", [name], cast, to=onnx.TensorProto.FLOAT)

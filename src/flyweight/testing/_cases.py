@@ -115,7 +115,7 @@ def plans_of(method: str, model: nn.Module, analysis: Analysis, examples: Sequen
     if method in transforms.STRUCTURE:
         return _structural(method, model, examples)
     fits = module.places(model, examples) if hasattr(module, "places") else None
-    if method in transforms.ORDER and fits is None:
+    if method in transforms.EXACT and fits is None:
         steps = tuple(
             Step(method, conv, {"norm": norm}) for conv, norm in trace(model, examples[0]).norms.items()
         )

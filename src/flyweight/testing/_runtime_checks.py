@@ -73,7 +73,7 @@ def plans(runtime: str, entry: Zoo) -> Iterator[Case | str]:
     case = functools.partial(Case, "", entry, torch.float32, model, model, examples, analysis)
     yield case(Plan(folds))
     for name in discover.methods("transforms"):
-        changes_no_layer = name in (*transforms.ORDER, *transforms.STRUCTURE)
+        changes_no_layer = name in (*transforms.EXACT, *transforms.STRUCTURE)
         if changes_no_layer or discover.method("runtimes", runtime).refuse([Step(name, "")]):
             continue
         for plan in plans_of(name, folded, analysis, examples):

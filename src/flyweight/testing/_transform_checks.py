@@ -127,7 +127,7 @@ def refusal_truthful(case: Case) -> None:
     for step in settings:
         options = _options.read(method, step.options, "")
         for site in case.analysis.sites:
-            if step.method in transforms.ORDER and site.name != step.site:
+            if step.method in transforms.EXACT and site.name != step.site:
                 continue  # its options name a place that belongs to this site alone
             reason = method.refuse(site, options, layer_at(case.original, site.name))
             _judge(case, Step(step.method, site.name, step.options), reason, site)

@@ -2,6 +2,7 @@
 
 A method file holds `Options`, `levels(site)`, `refuse(site, options, module)` and `replace(model, site, options, context)`,
 which returns new modules by path. `learns(options)` says which matrices it asks the context for.
+A method that makes one layer several names those inside it in `INSIDE`; they are sites for the stages after it.
 A method of ORDER whose steps change one another's layers has `together(model, steps, context)` besides: the new modules for
 all its steps, by site, and what is known of the changed model; its errors say at which site.
 A method that goes on once layers are changed has `pieces(model, examples)`, the examples that it wants to see;
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
@@ -41,8 +43,10 @@ from flyweight.transforms._quantized import shell as shell
 STRUCTURE = ("prune",)
 """Methods that change widths, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
-ORDER = ("fold_batch_norm", "smooth")
-"""Methods that keep the function and change how it is computed, in order; all others come after them."""
+EXACT = ("fold_batch_norm", "smooth")
+"""Methods that keep the function and change how it is computed."""
+ORDER = ("fold_batch_norm", "low_rank", "smooth")
+"""Methods that change what there is, in order; all others, which change how it is stored and computed, come after them."""
 
 
 def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context) -> nn.Module:
@@ -50,14 +54,17 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
 
     Raises UsageError for an unknown method, site or option, two steps of one stage at one site, or a refused step.
     """
-    known, original = {site.name: site for site in sites}, model
-    finishing = _finishing(plan, known) if len(context.examples) and not context.rebuilding else []
+    known: Mapping[str, Site] = {site.name: site for site in sites}
+    original = model
+    last = functools.reduce(_after, _stages(plan), known)
+    finishing = _finishing(plan, last) if len(context.examples) and not context.rebuilding else []
     for method, _ in finishing:
         context = dataclasses.replace(context, examples=method.pieces(model, context.examples))
     model, context = _cut(model, plan, context)
     for stage in _stages(plan) or [[]]:  # no step at all still gives a copy
         changes, context = _staged(model, stage, known, context)
         model = substitute(model, changes)
+        known = _after(known, stage)
     for method, chosen in finishing:
         changes = method.finish(original, model.eval(), chosen, context)
         model = substitute(model, changes) if changes else model
@@ -81,11 +88,27 @@ def complete(model: nn.Module, plan: Plan, context: Context) -> Plan:
 
 def check(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:
     """Raise UsageError, as `apply` would, for an unknown method, site or option; nothing is computed."""
-    known = {site.name: site for site in sites}
+    known: Mapping[str, Site] = {site.name: site for site in sites}
     _structural(plan)
     for stage in _stages(plan):
         for index, step in stage:
             _site(step, f"steps[{index}]", known)
+        known = _after(known, stage)
+
+
+def inside(steps: Sequence[Step]) -> dict[str, list[str]]:
+    """By site, the sites that a step makes of it, where that is several layers."""
+    found = {step.site: getattr(discover.method("transforms", step.method), "INSIDE", ()) for step in steps}
+    return {path: [f"{path}.{name}" for name in names] for path, names in found.items() if names}
+
+
+def _after(known: Mapping[str, Site], stage: Sequence[tuple[int, Step]]) -> Mapping[str, Site]:
+    """The sites behind a stage, in order: those that it made several layers of give way to these."""
+    made = inside([step for _, step in stage])
+    return {
+        name: dataclasses.replace(site, name=name)
+        for path, site in known.items() for name in made.get(path, [path])
+    }  # fmt: skip
 
 
 def _structural(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
@@ -272,7 +295,8 @@ def with_tied(model: nn.Module, site: Site, changes: Mapping[str, nn.Module]) ->
 
 def _site(step: Step, where: str, known: Mapping[str, Site]) -> tuple[Site, Any]:
     if step.site not in known:
-        near = difflib.get_close_matches(step.site, known, n=3)
+        inner = [path for path in known if path.startswith(f"{step.site}.")]
+        near = inner[:3] or difflib.get_close_matches(step.site, known, n=3)
         hint = (
             f"did you mean {' or '.join(near)}?"
             if near
