@@ -37,6 +37,8 @@ class World:
     failing: frozenset[str] = frozenset()
     variants: Mapping[str, str] = field(default_factory=dict)
     """Family -> its variant, which is not among the uniform candidates."""
+    luck: Mapping[str, float] = field(default_factory=dict)
+    """Of families: how many times as fast they are when they are scored as when they are surveyed."""
     saves: Mapping[str, int] = field(default_factory=dict)
     """Of families whose codes tell it: bytes that they take from the original's 1000."""
     scored: list[str] = field(default_factory=list)
@@ -80,6 +82,7 @@ class World:
         self.scored.append(candidate.name)
         speed, drop = self.truth(candidate.family.name, candidate.spared)
         size = self._size(candidate, speed)
+        speed *= self.luck.get(candidate.name, 1.0)
         return trial(
             candidate,
             measured(candidate.name, self.goal, speedup=speed, drop=drop, half=self.half, bytes=size),
@@ -387,6 +390,13 @@ def test_what_only_the_file_tells_is_built_before_what_the_codes_tell() -> None:
     world.saves = {"half": 500, "third": 650}
     world.hunt()
     assert world.surveyed[0] == "quarter"
+
+
+def test_luck_when_it_is_scored_shuts_nobody_out() -> None:
+    world = World({"float32": 2.3, "int8": 2.3}, {"int8": EVEN}, sizes={"float32": 1000, "int8": 250})
+    world.luck = {"float32": 1.2}
+    world.hunt()
+    assert sorted(world.scored) == ["float32", "int8"]
 
 
 def test_the_same_world_gives_the_same_search() -> None:
