@@ -394,7 +394,7 @@ def test_what_only_the_file_tells_is_built_before_what_the_codes_tell() -> None:
 
 def test_luck_when_it_is_scored_shuts_nobody_out() -> None:
     world = World({"float32": 2.3, "int8": 2.3}, {"int8": EVEN}, sizes={"float32": 1000, "int8": 250})
-    world.luck = {"float32": 1.2}
+    world.luck, world.patience = {"float32": 1.2}, 6  # no time for alternatives
     world.hunt()
     assert sorted(world.scored) == ["float32", "int8"]
 
