@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from flyweight.evaluation.quality import Drop, samples_needed
@@ -44,10 +45,13 @@ def resolution(subject: Measured, samples: int | None, goal: Goal) -> dict[str, 
 def layers(
     sites: Sequence[Site], plan: Plan, uniform: Mapping[str, Step], damages: Mapping[str, float]
 ) -> tuple[LayerChoice, ...]:
-    """What was decided at each site of the chosen plan, and why; damages are those of the uniform family."""
+    """What was decided at each site of the chosen plan, and why; damages are those of the uniform family.
+
+    Steps at what is no layer of the model, as groups of units and the layers inside a new one, come behind the layers.
+    """
     steps = {step.site: step for step in plan.steps if step.method not in EXACT}
     ranked = sorted(damages, key=lambda name: damages[name], reverse=True)
-    return tuple(
+    own = [
         LayerChoice(
             site=site.name,
             kind=site.kind,
@@ -58,6 +62,20 @@ def layers(
             damage=damages.get(site.name),
         )
         for site in sites
+    ]
+    names = {site.name for site in sites}
+    beside = [step for step in steps.values() if step.site not in names]
+    if beside:
+        left = "no step of its own; the plan changes what goes together with it, told below the layers"
+        own = [dataclasses.replace(one, reason=left) if one.site not in steps else one for one in own]
+    return (*own, *(_beside(step) for step in beside))
+
+
+def _beside(step: Step) -> LayerChoice:
+    """A step at what is no layer of the model."""
+    reason = "a step at no single layer of the model"
+    return LayerChoice(
+        site=step.site, kind="group", parameters=0, macs=0, choice=label(step), reason=reason, damage=None
     )
 
 
@@ -65,7 +83,8 @@ def label(step: Step | None) -> str:
     """A step in a few words, or float32."""
     if step is None:
         return "float32"
-    options = ", ".join(f"{name} {value}" for name, value in step.options.items())
+    told = {name: value for name, value in step.options.items() if not isinstance(value, Mapping)}
+    options = ", ".join(f"{name} {value}" for name, value in told.items())
     return step.method + (f" ({options})" if options else "")
 
 
