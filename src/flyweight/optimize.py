@@ -23,6 +23,7 @@ from flyweight.planning import advice, choose
 from flyweight.planning.candidates import families, uniform
 from flyweight.planning.damage import EXAMPLES, damages
 from flyweight.planning.family import Candidate, Family
+from flyweight.planning.thinner import thinner
 from flyweight.records import Goal, Measured, Plan, Result, Step, Task, Trial
 from flyweight.report import html
 from flyweight.report.progress import Progress
@@ -223,7 +224,7 @@ class Run:
         return kept
 
     def _tools(self) -> Tools:
-        return Tools(self._survey, self._measure, self._skip, self._damages, self._time_used)
+        return Tools(self._survey, self._measure, self._skip, self._damages, self._thinned, self._time_used)
 
     def _stage(self, name: str) -> None:
         """Tell a stage once, however often the search comes back to it in a row."""
@@ -302,6 +303,17 @@ class Run:
 
         kept: dict[str, float] = self.study.remember("damage", family.plan(()).digest(), compute)
         return kept
+
+    def _thinned(self, family: Family) -> Family | None:
+        """A family with the units gone that count least."""
+        self._stage("finding units that can go")
+        self.told.step(f"tracing {self.session.task.name}")
+        model, size = self.bench.build(Plan(self.session.folds)), self.goal.minimize != "latency"
+        found = thinner(
+            self.session.task.model, model, self.session.analysis.sites, self.bench.context, size=size
+        )
+        self.told.done(f"{len(found.groups)} groups of units can lose some")
+        return found.thinned(family)
 
     def _layers(self, hunt: Hunt, chosen: Measured) -> tuple[Any, ...]:
         origin = next(

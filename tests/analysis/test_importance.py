@@ -24,13 +24,17 @@ def examples() -> list[torch.Tensor]:
     return list(torch.randn(4, 9, 5, generator=torch.Generator().manual_seed(1)))
 
 
+def unknown(site: str) -> None:
+    """Nothing is known of any site."""
+
+
 def only(model: nn.Module, batch: torch.Tensor) -> Group:
     (group,) = couple(model, batch).groups
     return group
 
 
 def told(kind: str, model: nn.Module, examples: list[torch.Tensor], sites: list[str]) -> torch.Tensor:
-    return local(kind, model, only(model, examples[0]), grams(model, sites, examples).get, 0)
+    return local(kind, model, only(model, examples[0]), grams(model, sites, examples).get, unknown, 0)
 
 
 def test_magnitude_is_the_sum_of_squares_of_all_that_belongs_to_a_unit(model, examples) -> None:
@@ -100,7 +104,7 @@ def test_units_of_convolutions_in_blocks_have_a_number_each(kind: str) -> None:
             [name for name, m in model.named_modules() if hasattr(m, "weight") and m.weight.ndim > 1],
             [batch],
         )
-        found = [local(kind, model, group, gram.get, 0) for group in groups]
+        found = [local(kind, model, group, gram.get, unknown, 0) for group in groups]
     for group, scores in zip(groups, found, strict=True):
         assert scores.shape == (group.units,)
         assert bool(torch.isfinite(scores).all())
@@ -109,6 +113,6 @@ def test_units_of_convolutions_in_blocks_have_a_number_each(kind: str) -> None:
 def test_without_inputs_that_are_known_there_is_no_contribution(model, examples) -> None:
     group = only(model, examples[0])
     with pytest.raises(DataError, match="reads the group"):
-        local("contribution", model, group, lambda site: None, 0)
+        local("contribution", model, group, unknown, unknown, 0)
     with pytest.raises(DataError, match="examples"):
         by_slopes("taylor", model, [group], [], seed=0)

@@ -12,7 +12,6 @@ of each, O and I the outputs and inputs of a layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -28,12 +27,12 @@ from flyweight.analysis.sites import kind_of
 from flyweight.errors import DataError
 from flyweight.records import Batch
 
+Known: TypeAlias = Callable[[str], torch.Tensor | None]
 LOCAL = ("magnitude", "contribution", "second_order", "random")
 """What the weights, and the inputs of layers, tell."""
 SLOPES = ("gradient", "taylor", "fisher")
 """What a backward pass of each example tells."""
 KINDS = (*LOCAL, *SLOPES)
-Gram: TypeAlias = Callable[[str], torch.Tensor | None]
 DAMPING = 0.01
 """Of the mean square input, what is added to each input's, so that few examples do not tell too much."""
 _ROUNDS = 64
@@ -53,8 +52,21 @@ class Reader:
     """(U, K): which inputs belong to each unit."""
 
 
-def readers(model: nn.Module, group: Group, gram: Gram) -> Iterator[Reader]:
-    """The linear layers and ungrouped convolutions that read a group and whose inputs are known."""
+@dataclass(frozen=True, eq=False)
+class Course:
+    """How the units of a group go, each after the others made up for those before."""
+
+    order: torch.Tensor
+    """(U,) int64: which goes first, which next."""
+    missed: torch.Tensor
+    """(U,) float64: what is missed when a unit goes; summed over the first k, when these have gone."""
+
+
+def readers(model: nn.Module, group: Group, gram: Known, rows: Known) -> Iterator[Reader]:
+    """The linear layers and ungrouped convolutions that read a group and whose inputs are known.
+
+    rows: what their outputs count, (O,); where known, weights are scaled by the root: squared errors are twice nats.
+    """
     holders = dict(model.named_modules(remove_duplicate=False))
     for place in group.places:
         path, _, name = place.name.rpartition(".")
@@ -63,7 +75,9 @@ def readers(model: nn.Module, group: Group, gram: Gram) -> Iterator[Reader]:
             continue
         weight, found = outputs_first(layer), gram(path)
         if found is not None and found.shape == (weight.shape[1],) * 2:
-            yield Reader(path, weight, found, _columns(place, group, weight.shape[1] // place.size))
+            counts = rows(path)
+            scaled = weight if counts is None else weight * counts.to(weight).sqrt()[:, None]
+            yield Reader(path, scaled, found, _columns(place, group, weight.shape[1] // place.size))
 
 
 def input_axis(layer: nn.Module) -> int | None:
@@ -83,7 +97,7 @@ def outputs_first(layer: nn.Module) -> torch.Tensor:
     return weight.T if input_axis(layer) == 0 else weight.flatten(1)
 
 
-def local(kind: str, model: nn.Module, group: Group, gram: Gram, seed: int) -> torch.Tensor:
+def local(kind: str, model: nn.Module, group: Group, gram: Known, rows: Known, seed: int) -> torch.Tensor:
     """Importance (U,) float64 of one of LOCAL.
 
     Raises DataError where the examples tell nothing of a layer that reads the group.
@@ -92,12 +106,40 @@ def local(kind: str, model: nn.Module, group: Group, gram: Gram, seed: int) -> t
         return torch.rand(group.units, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if kind == "magnitude":
         return _magnitude(model, group)
-    found = list(readers(model, group, gram))
+    if kind == "second_order":
+        gone = course(model, group, gram, rows)
+        return torch.empty_like(gone.missed).index_copy_(0, gone.order, gone.missed.cummax(0).values)
+    return torch.stack([_contribution(reader) for reader in _some(kind, model, group, gram, rows)]).sum(0)
+
+
+def course(model: nn.Module, group: Group, gram: Known, rows: Known) -> Course:
+    """In which order units go with the least missed at the layers that read them, in at most _ROUNDS rounds.
+
+    With `rows` known everywhere, half of what is missed is the Kullback-Leibler divergence of a prediction to second order.
+    Raises DataError where the examples tell nothing of a layer that reads the group.
+    """
+    found = _some("second_order", model, group, gram, rows)
+    state = [(reader.weight.double().clone(), inverted(reader.gram), reader.columns) for reader in found]
+    left, step = torch.arange(group.units), max(1, group.units // _ROUNDS)
+    order, missed = [], []
+    while len(left):
+        errors = torch.stack([_missed(weight, inverse, at[left]) for weight, inverse, at in state]).sum(0)
+        by_error = errors.argsort(stable=True)
+        gone, left = left[by_error[:step]], left[by_error[step:]].sort().values
+        together = sum(_without(weight, inverse, at[gone].flatten()) for weight, inverse, at in state)
+        alone = errors[by_error[:step]].clamp(min=1e-300)
+        order.append(gone)
+        missed.append(alone * (together / float(alone.sum())))
+    return Course(torch.cat(order), torch.cat(missed))
+
+
+def _some(kind: str, model: nn.Module, group: Group, gram: Known, rows: Known) -> list[Reader]:
+    """The readers of a group; raises DataError without any."""
+    found = list(readers(model, group, gram, rows))
     if not found:
         rule = f"{kind} needs a layer that reads the group, and examples of what it reads"
         raise DataError(rule, where=group.name, way_out="take magnitude or taylor")
-    each = _contribution if kind == "contribution" else _second_order
-    return torch.stack([each(reader) for reader in found]).sum(0)
+    return found
 
 
 def by_slopes(
@@ -167,23 +209,6 @@ def _contribution(reader: Reader) -> torch.Tensor:
     return torch.einsum("uok,ukl,uol->u", parts, blocks, parts)
 
 
-def _second_order(reader: Reader) -> torch.Tensor:
-    """The error at which each unit goes; what is added by a later one is at least that of those before."""
-    columns = reader.columns
-    weight, inverse = reader.weight.double().clone(), inverted(reader.gram)
-    found = torch.full((len(columns),), math.inf, dtype=torch.float64)
-    step = max(1, len(columns) // _ROUNDS)
-    worst = 0.0
-    while bool(torch.isinf(found).any()):
-        left = torch.isinf(found).nonzero().flatten()
-        errors = _missed(weight, inverse, columns[left])
-        gone = errors.argsort()[:step]
-        for error, unit in zip(errors[gone].tolist(), left[gone].tolist(), strict=True):
-            found[unit] = worst = max(worst, error)
-        _without(weight, inverse, columns[left[gone]].flatten())
-    return found
-
-
 def inverted(gram: torch.Tensor) -> torch.Tensor:
     """The inverse (I, I) float64 of a damped matrix; inputs that are always zero count as if they were small."""
     damped = gram.double().clone()
@@ -194,18 +219,24 @@ def inverted(gram: torch.Tensor) -> torch.Tensor:
 
 def _missed(weight: torch.Tensor, inverse: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """What is missed when each unit goes by itself and the others make up for it: (U,)."""
+    if columns.shape[1] == 1:
+        single = columns.flatten()
+        return weight[:, single].square().sum(0) / inverse.diagonal()[single]
     parts = weight[:, columns].movedim(1, 0)  # (U, O, K)
     solved: torch.Tensor = torch.linalg.solve(_blocks(inverse, columns), parts.mT)
     return (parts * solved.mT).sum((1, 2))
 
 
-def _without(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> None:
-    """Take inputs out of a weight and of an inverse matrix, in place: the others make up for them."""
+def _without(weight: torch.Tensor, inverse: torch.Tensor, gone: torch.Tensor) -> float:
+    """Take inputs out of a weight and of an inverse matrix, in place; what is missed though the others make up for them."""
+    parts = weight[:, gone]
+    missed = float((parts * torch.linalg.solve(inverse[gone][:, gone], parts.T).T).sum())
     shares = torch.linalg.solve(inverse[gone][:, gone], inverse[gone])  # (K, I)
-    weight -= weight[:, gone] @ shares
+    weight -= parts @ shares
     inverse -= inverse[:, gone] @ shares
     weight[:, gone] = 0
     inverse[gone], inverse[:, gone] = 0, 0
+    return missed
 
 
 def _blocks(matrix: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

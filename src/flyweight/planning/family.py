@@ -28,12 +28,14 @@ class Family:
     """For a spared site; a site without an entry is left as it is."""
     before: tuple[Step, ...] = ()
     """Steps that keep what the model computes and make it easier to round."""
+    cuts: tuple[Step, ...] = ()
+    """Steps that take units out before all others."""
     variants: Callable[[], Sequence[Family]] = tuple
     """As fast and as large, but rounded otherwise; tried in turn when this family breaks the contract."""
     loss: float = 0.0
     """What its weights add to the model's loss, in nats, by prediction; 0: not told."""
-    at: Callable[[float], Family] | None = None
-    """The same with another loss."""
+    at: Callable[[float], Family | None] | None = None
+    """The same with another loss, if there is one."""
     only: str = ""
     """The one runtime that it is made for; empty: it is tried on all."""
     saves: int | None = None
@@ -51,7 +53,9 @@ class Family:
             del chosen[name]
             if name in self.gentler:
                 chosen[name] = self.gentler[name]
-        return Plan((*folds, *self.before, *(chosen[name] for name in self.steps if name in chosen)))
+        return Plan(
+            (*self.cuts, *folds, *self.before, *(chosen[name] for name in self.steps if name in chosen))
+        )
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ First every uniform candidate is timed and weighed, which is cheap. Then they ar
 none that is left could win. Where bytes count, which codes tell without a model, families are built and scored one after
 the other, the smallest first, and what cannot be smaller than the best so far is not built. A family that gains more than
 the best so far but breaks the contract is repaired: its most sensitive sites are spared, as few as the contract allows, by
-bisection along the order of their predicted damage.
+bisection along the order of their predicted damage. What is best then loses as many units as the contract allows.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ FITS = 5
 """Evaluations spent on fitting the loss of one family to the bound."""
 FAR, NEAR = 8.0, 1.15
 """How many times larger or smaller the next loss may be, and how far apart losses are that are told apart."""
+THINNING = 0.6
+"""Share of the time after which it is not asked any more which units could go."""
 SPENT = 0.25
 """Share of the drop that the goal allows up to which the best is good enough that equally fast ones are not scored too."""
 ALTERNATIVES = 2
@@ -44,6 +46,8 @@ class Tools:
     measure: Callable[[Candidate], Trial]
     skip: Callable[[Candidate, str], Trial]
     damages: Callable[[Family], Mapping[str, float]]
+    thinned: Callable[[Family], Family | None]
+    """The family with fewer units, at a first loss; None where none can go."""
     time_used: Callable[[], float]
     """Share of the time for the run that is used up; from 1 on nothing new is begun."""
 
@@ -73,6 +77,7 @@ class Hunt:
         for candidate in order:
             if candidate.family.at is None and self._worth_repair(candidate):
                 self._mend(candidate)
+        self._thin()
         self._alternatives([*order, *larger])
 
     def _smallest_first(self, candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -252,10 +257,26 @@ class Hunt:
                 return
             met[family.loss] = measured.verdict == "met"
             loss = next_loss(met, family.loss, measured, self.goal)
-            if loss is None or not self._may_go_on():
+            other = None if loss is None else family.at(loss)
+            if other is None or not self._may_go_on():
                 return
-            candidate = dataclasses.replace(candidate, family=family.at(loss))
+            candidate = dataclasses.replace(candidate, family=other)
+            if candidate.family.loss in met:
+                return
             self._surveyed(candidate)
+
+    def _thin(self) -> None:
+        """Take units out of the best; a family whose loss is chosen already has no room for more."""
+        origin = next(
+            (c for c, trial in self.trials.items() if trial.measured and trial.measured is self.best), None
+        )
+        if origin is None or origin.family.at is not None or self.tools.time_used() >= THINNING:
+            return
+        family = self.tools.thinned(origin.family)
+        if family is not None and self._may_go_on():
+            candidate = dataclasses.replace(origin, family=family)
+            self._surveyed(candidate)
+            self._fit(candidate)
 
     def _repair(self, candidate: Candidate) -> None:
         """Spare sites, most sensitive first: as few as the contract allows."""

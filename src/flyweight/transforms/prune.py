@@ -160,7 +160,7 @@ def _scores(
         if kind in importance.SLOPES:
             each = importance.by_slopes(kind, model, some, context.examples, seed=seed)
         else:
-            each = [importance.local(kind, model, group, context.gram, seed) for group in some]
+            each = [importance.local(kind, model, group, context.gram, context.rows, seed) for group in some]
         found |= {group.name: score for group, score in zip(some, each, strict=True)}
     return found
 
