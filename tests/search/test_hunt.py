@@ -13,8 +13,8 @@ from planning.made import ORIGINAL, measured, site, steps, survey
 
 from flyweight.evaluation.bench import Survey
 from flyweight.planning.family import Candidate, Family
-from flyweight.records import Goal, Measured, Trial
-from flyweight.search.hunt import FITS, REPAIRS, Hunt, Tools, first_guess, next_loss
+from flyweight.records import Goal, Measured, Step, Trial
+from flyweight.search.hunt import FITS, REPAIRS, STRAY, Hunt, Tools, first_guess, next_loss
 
 GOAL = Goal(max_drop=0.01)
 SITES = tuple(f"layer{i}" for i in range(8))
@@ -43,6 +43,8 @@ class World:
     """Of families whose codes tell it: bytes that they take from the original's 1000."""
     thinning: bool = False
     """Whether units can go."""
+    straying: float = 0.0
+    """How far outputs go for each nat of a loss."""
     scored: list[str] = field(default_factory=list)
     surveyed: list[str] = field(default_factory=list)
 
@@ -78,9 +80,9 @@ class World:
     def _survey(self, candidate: Candidate) -> Survey:
         self.surveyed.append(candidate.name)
         speed, _ = self.truth(candidate.family.name, candidate.spared)
-        return survey(
-            speed, self._size(candidate, speed), "no kernel" if candidate.name in self.failing else ""
-        )
+        failure = "no kernel" if candidate.name in self.failing else ""
+        found = survey(speed, self._size(candidate, speed), failure)
+        return replace(found, strays=self.straying * candidate.family.loss)
 
     def _size(self, candidate: Candidate, speed: float) -> int:
         return self.sizes.get(candidate.family.name, int(1000 / max(speed, 0.1)))
@@ -105,7 +107,8 @@ class World:
         name = f"{family.name} at {loss:.2g}"
         self.speed = {**self.speed, name: self.speed[family.name] * (1 + 100 * loss)}
         self.drops = {**self.drops, name: [drop + loss / 8 for drop in self.drops[family.name]]}
-        return replace(family, name=name, loss=loss, at=lambda other: self._thinned(family, other))
+        cuts = (Step("prune", "group", {"loss": loss}),)
+        return replace(family, name=name, cuts=cuts, loss=loss, at=lambda other: self._thinned(family, other))
 
     def _damages(self, family: Family) -> dict[str, float]:
         return dict(zip(SITES, self.drops[family.name], strict=True))
@@ -317,7 +320,7 @@ def test_a_loss_is_fitted_to_the_bound(scale: float, power: float) -> None:
     ],
 )
 def test_the_next_loss(met: dict[float, bool], loss: float, drop: float, expected: float | None) -> None:
-    found = next_loss(met, loss, measured("c", GOAL, drop=drop), GOAL)
+    found = next_loss(met, loss, drop / GOAL.max_drop)
     assert found == (None if expected is None else pytest.approx(expected, rel=0.05))
 
 
@@ -453,3 +456,14 @@ def test_no_unit_goes_where_none_can_or_nothing_is_within_the_bound() -> None:
     broken = World({"int8": 3.0}, {"int8": [0.1] * 8}, thinning=True)
     broken.hunt()
     assert not [name for name in broken.scored if " at " in name]
+
+
+def test_a_model_whose_outputs_go_far_is_not_offered_however_well_it_scores() -> None:
+    world = World({"int8": 3.0}, {"int8": [1e-6] * 8}, thinning=True, straying=STRAY / 0.0005)
+    hunt = world.hunt()
+    assert hunt.best is not None
+    assert hunt.best.name.startswith("int8 at ")
+    losses = {c.family.loss: trial for c, trial in hunt.trials.items() if c.family.cuts}
+    assert all((trial.measured is not None) == (loss <= 0.0005) for loss, trial in losses.items())
+    assert max(loss for loss, trial in losses.items() if trial.measured) > 0.0003
+    assert any("away from the original's" in trial.reason for trial in losses.values())

@@ -44,6 +44,8 @@ class Survey(Record):
     bytes: int
     memory: int | None = None
     """Peak memory; only where the goal is memory."""
+    strays: float = 0.0
+    """How far the model's outputs are from the original's on the first example, as a share of their squares."""
     failure: str = ""
     """Why it cannot run; the figures mean nothing then."""
 
@@ -145,6 +147,7 @@ class Bench:
             latency_ms=race.second_ms,
             bytes=predictor.bytes,
             memory=self._peak(predictor, built.model) if self.goal.minimize == "memory" else None,
+            strays=deviation(self._answer, built.output),
         )
 
     def measure(self, number: int, name: str, runtime: str, plan: Plan) -> Trial:
@@ -258,6 +261,11 @@ class Bench:
 
     def _scores(self) -> Scores:
         return self.original if self.original is not None else self.score_original()
+
+    @functools.cached_property
+    def _answer(self) -> object:
+        """The original's output on the first example."""
+        return self._original(self.task.examples[0])
 
     @functools.cached_property
     def _original(self) -> Predictor:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from flyweight.errors import DataError, MachineError, ModelError, UsageError, first_line, foreign
 from flyweight.inputs._text import parts, read_text, require, windows
@@ -128,7 +129,10 @@ def hollow_model(folder: Path) -> Logits:
     make: Any = AutoModelForCausalLM.from_config
     with _reading("know the causal language model", folder, "model"), quiet(), _parameters_on_meta():
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        model = make(config, dtype=torch.float32, trust_remote_code=False)
+        with _EmptyOnMeta():
+            model = make(config, dtype=torch.float32, trust_remote_code=False)
+        if any(buffer.is_meta for buffer in model.buffers()):  # one that was empty at first
+            model = make(config, dtype=torch.float32, trust_remote_code=False)
     model.config.use_cache = False
     return Logits(model).eval().requires_grad_(False)
 
@@ -311,6 +315,16 @@ def _reading(rule: str, folder: Path, what: str) -> contextlib.AbstractContextMa
     return foreign(ModelError, f"transformers must {rule}", where=str(folder), way_out=way_out)
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Weights that are only made room for take none, not even for a moment, which would leave holes in the address space."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {**(kwargs or {}), "device": "meta"} if func is torch.empty else kwargs or {}
+        return func(*args, **given)
+
+
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Let every parameter of a module go to the meta device as soon as it is there."""
@@ -318,7 +332,7 @@ def _parameters_on_meta() -> Iterator[None]:
     def leave(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta:  # a tied one is there already, and stays one
             return None
-        return nn.Parameter(parameter.to("meta"), requires_grad=False)
+        return nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
 
     register: Any = (
         register_module_parameter_registration_hook  # its annotations leave out what a hook may give

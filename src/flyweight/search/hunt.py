@@ -32,6 +32,9 @@ FAR, NEAR = 8.0, 1.15
 """How many times larger or smaller the next loss may be, and how far apart losses are that are told apart."""
 THINNING = 0.6
 """Share of the time after which it is not asked any more which units could go."""
+STRAY = 0.1
+"""How far outputs may be from the original's, as a share of their squares, where units were taken out: what is further away
+is another model, and the score of one task need not tell what it lost."""
 SPENT = 0.25
 """Share of the drop that the goal allows up to which the best is good enough that equally fast ones are not scored too."""
 ALTERNATIVES = 2
@@ -200,7 +203,7 @@ class Hunt:
         return trial
 
     def _hopeless(self, candidate: Candidate) -> str:
-        """Why a candidate cannot win whatever its quality; empty when it can. Times count by their intervals' upper end."""
+        """Why a candidate cannot win whatever its score; empty when it can. Times count by their intervals' upper end."""
         survey, best = self.surveys[candidate], self.best
         gain, hope = self._gain(candidate), self._gain_at(survey, survey.speedup_high)
         what = {"latency": "faster", "size": "smaller", "memory": "lighter"}[self.goal.minimize]
@@ -208,6 +211,8 @@ class Hunt:
             return f"not {what} than the original: {gain:.2f} x"
         if survey.speedup_high < 1 and choose.speed_counts(self.goal):
             return f"slower than the original: {survey.speedup:.2f} x as fast"
+        if self._strays(candidate) > 1:
+            return f"its outputs are {survey.strays:.0%} away from the original's: more than the score may not notice"
         if best is None:
             return ""
         # timed again, the best may have been lucky: what is surveyed must not lose to more than its survey told
@@ -220,6 +225,10 @@ class Hunt:
         if sparing and hope <= bar * choose.TIE and merit <= best.speedup / best.bytes * choose.TIE:
             return f"no better than {best.name} on {best.runtime}, which meets the contract"
         return ""
+
+    def _strays(self, candidate: Candidate) -> float:
+        """How far the outputs of a model without some units are from the original's, as a share of what they may be."""
+        return self.surveys[candidate].strays / STRAY if candidate.family.cuts else 0.0
 
     def _worth_repair(self, candidate: Candidate) -> bool:
         trial = self.trials.get(candidate)
@@ -253,10 +262,12 @@ class Hunt:
         met: dict[float, bool] = {}
         for _ in range(FITS):
             family, measured = candidate.family, self.trials[candidate].measured
-            if measured is None or family.at is None:
+            strays = self._strays(candidate)
+            if family.at is None or (measured is None and strays <= 1):
                 return
-            met[family.loss] = measured.verdict == "met"
-            loss = next_loss(met, family.loss, measured, self.goal)
+            met[family.loss] = measured is not None and measured.verdict == "met"
+            worst = choose.worst_drop(measured) / max(self.goal.max_drop, 1e-9) if measured else 0.0
+            loss = next_loss(met, family.loss, max(worst, strays))
             other = None if loss is None else family.at(loss)
             if other is None or not self._may_go_on():
                 return
@@ -301,18 +312,17 @@ class Hunt:
             count = (low + min(high, len(order))) // 2 if high <= len(order) else min(2 * count, len(order))
 
 
-def next_loss(met: Mapping[float, bool], loss: float, measured: Measured, goal: Goal) -> float | None:
-    """The loss to try after one that was measured, were the drop proportional to it; None where the bound is met closely.
+def next_loss(met: Mapping[float, bool], loss: float, spent: float) -> float | None:
+    """The loss to try after one that was measured, were what is spent proportional to it; None where that is close to all.
 
     met: of the losses tried so far, whether they kept the bound. It is between the largest that did and the smallest that
-    did not.
+    did not. spent: the drop at the loss, as a share of the bound.
     """
-    worst = choose.worst_drop(measured)
     low = max((one for one, kept in met.items() if kept), default=0.0)
     high = min((one for one, kept in met.items() if not kept), default=math.inf)
     if high <= low * NEAR:
         return None
-    factor = min(max(goal.max_drop / worst, 1 / FAR), FAR) if worst > 0 else FAR
+    factor = min(max(1 / spent, 1 / FAR), FAR) if spent > 0 else FAR
     wish = loss * factor
     if met[loss] and wish <= low * NEAR:
         return None
