@@ -70,8 +70,9 @@ def test_a_step_is_told_in_a_few_words() -> None:
 
 
 def test_a_step_at_no_layer_is_told_and_no_layer_is_said_to_be_left_alone() -> None:
-    group = {"name": "a:channels", "units": 4}
+    group = {"name": "a:channels", "units": 4, "kind": "channels"}
     plan = Plan((Step("prune", "a:channels", {"ratio": 0.5, "kept": "0,2", "group": group}),))
     first, last = advice.layers([site("a")], plan, {}, {})
     assert "left as it is" not in first.reason
-    assert (last.site, last.kind, last.choice) == ("a:channels", "group", "prune (ratio 0.5, kept 0,2)")
+    assert (last.site, last.kind, last.choice) == ("a:channels", "group", "prune")
+    assert last.reason == "2 of 4 channels stay"

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from flyweight.evaluation.quality import Drop, samples_needed
 from flyweight.planning import choose
 from flyweight.records import JSON, Goal, LayerChoice, Measured, Plan, Site, Step
-from flyweight.transforms import EXACT
+from flyweight.transforms import EXACT, prune
 
 
 def verdict(best: Measured, goal: Goal, original: Measured, *, met: bool, scored: bool = True) -> str:
@@ -73,9 +73,12 @@ def layers(
 
 def _beside(step: Step) -> LayerChoice:
     """A step at what is no layer of the model."""
-    reason = "a step at no single layer of the model"
+    choice, reason, group = label(step), "a step at no single layer of the model", step.options.get("group")
+    if isinstance(group, Mapping):
+        stay = len(prune.units_of(str(step.options["kept"]), step.site))
+        choice, reason = step.method, f"{stay} of {group['units']} {group['kind']} stay"
     return LayerChoice(
-        site=step.site, kind="group", parameters=0, macs=0, choice=label(step), reason=reason, damage=None
+        site=step.site, kind="group", parameters=0, macs=0, choice=choice, reason=reason, damage=None
     )
 
 
