@@ -221,7 +221,8 @@ def _along(model: nn.Module, chain: Chain, early: Changes, work: Work) -> Change
             found = work.settle(place, found)
         changes |= found
         if path != chain.paths[-1]:
-            original, current = behind(place, found, bool(work.drifting) or work.settle is not None)
+            apart = bool(work.drifting) or work.settle is not None or work.moments
+            original, current = behind(place, found, apart)
     return changes
 
 
