@@ -112,7 +112,7 @@ class _Lesson:
     examples: Sequence[Batch]
     known: set[int]
     ends: Sequence[str]
-    """The blocks that are compared too."""
+    """The blocks that are compared too, where both give as much."""
 
     def loss(self, index: int) -> torch.Tensor:
         """() how far the student is from the teacher on one example, in its answer and on the way."""
@@ -120,7 +120,8 @@ class _Lesson:
             aim = self._answer(self.teacher, index)
         with heard(self.student, self.ends) as found:
             loss = apart(aim, self._answer(self.student, index))
-        errors = [error_of_rows(wanted[path], found[path]) for path in self.ends]
+        pairs = [(wanted[path], found[path]) for path in self.ends]
+        errors = [error_of_rows(*pair) for pair in pairs if pair[0].shape == pair[1].shape]
         return loss + torch.stack(errors).mean() if errors else loss
 
     def judged(self, index: int) -> torch.Tensor:
