@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -232,3 +233,35 @@ def test_moments_against_plain_means() -> None:
     wanted = Moments(new.T @ new / 20, old.T @ new / 20, new.mean(0), old.mean(0), 20)
     for name in ("gram", "cross", "mean", "before"):
         assert torch.allclose(getattr(found, name)[0], getattr(wanted, name), rtol=1e-5, atol=1e-6)
+
+
+class Experts(nn.Module):
+    """Rows go to one of two layers, as a gate says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = nn.Linear(6, 12), nn.Linear(12, 2)
+        self.experts = nn.ModuleList(nn.Linear(12, 3) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.first(x))
+        to = self.gate(x).argmax(1)
+        found = x.new_zeros(len(x), 3)
+        for at, expert in enumerate(self.experts):
+            found[to == at] = expert(x[to == at])
+        return found
+
+
+def test_where_models_go_other_ways_layers_make_up_for_the_original_s_inputs() -> None:
+    model, data, said = Experts().eval(), numbers(32, 6), list[str]()
+    gone = [0, 2, 4, 6, 8, 10]
+    readers = ("gate", "experts.0", "experts.1")
+    places = {"first.weight": {0: gone}, "first.bias": {0: gone}} | {
+        f"{name}.weight": {1: gone} for name in readers
+    }
+    silent, stay = without(model, places), torch.tensor([1, 3, 5, 7, 9, 11])
+    context = dataclasses.replace(known(model, data), say=said.append)
+    kept = {name: dict.fromkeys(axes, stay) for name, axes in places.items()}
+    values = compensated(model, silent, kept, context)
+    assert {"gate.weight", "experts.0.weight"} <= values.keys()
+    assert "not behind other cuts" in said[0]

@@ -11,8 +11,9 @@ Shapes: P groups of a convolution (else 1), each of O outputs and I inputs, of w
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -23,6 +24,7 @@ from flyweight.analysis.gram import Moments
 from flyweight.analysis.importance import input_axis
 from flyweight.analysis.sites import kind_of
 from flyweight.analysis.trace import trace
+from flyweight.errors import DataError, ModelError
 from flyweight.transforms._contract import Context
 from flyweight.transforms._copies import view
 from flyweight.transforms._sequential import Changes, Work, in_order, one_by_one
@@ -41,18 +43,7 @@ def compensated(model: nn.Module, silent: nn.Module, stay: Stay, context: Contex
     silent: the model in which all that goes is zero. Weights that several modules hold stay as they are, and so do those
     of transposed convolutions. Weights that are read rather than called make up for their inputs as the original has them.
     """
-    held = collections.Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
-    norms = trace(model, context.examples[0]).norms
-    layers: dict[str, _Layer] = {}
-    for path, seen in context.statistics.items():
-        layer = layer_at(model, path)
-        wide = None if seen.mean is None or held[id(layer.weight)] > 1 else _wide(layer)
-        if wide is not None:
-            bias = layer._parameters.get("bias")
-            shifts = "bias" if bias is not None and held[id(bias)] == 1 else ""
-            shifts = norms.get(path, "") if bias is None else shifts
-            name = parameter_path(model, path.removesuffix(TURNED))
-            layers[path] = _Layer(path, name, wide, layer_at(silent, path), stay.get(name, {}), shifts)
+    layers = {layer.path: layer for layer in _layers(model, silent, stay, context)}
 
     def change(path: str, known: Context) -> Changes:
         found = known.moments(path) or _original(known.gram(path))
@@ -64,10 +55,15 @@ def compensated(model: nn.Module, silent: nn.Module, stay: Stay, context: Contex
     first = next((at for at, path in enumerate(order) if layers[path].stay), len(order))
     tied = {path: (one.shifts,) for path, one in layers.items() if one.shifts not in ("", "bias")}
     work = Work(order[first:], bare, set(), context, change, tied, began=silent, moments=True)
-    changes = in_order(model, work)
-    if changes is None:
-        changes = one_by_one(view(model, {}).eval(), {}, work)
-    return dict(_values(changes, layers))
+    try:
+        changes = in_order(model, work)
+        if changes is None:
+            changes = one_by_one(view(model, {}).eval(), {}, work)
+    except (DataError, ModelError) as error:  # such as experts that other tokens are sent to
+        context.say(f"layers make up for what they read in the original, not behind other cuts: {error.rule}")
+        cut = [path for path, one in layers.items() if one.cut]
+        changes = {path: new for site in cut for path, new in change(site, context).items()}
+    return _values(changes, layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,8 +73,7 @@ class _Layer:
     path: str
     name: str
     """Of its weight."""
-    wide: torch.Tensor
-    """(P, O, I) float64: the original's weight."""
+    original: nn.Module
     module: nn.Module
     """The layer in which all that goes is zero."""
     stay: Mapping[int, torch.Tensor]
@@ -96,29 +91,46 @@ class _Layer:
         """Whether inputs go."""
         return self.axis in self.stay
 
-    def columns(self) -> torch.Tensor:
-        """(K,) the inputs that stay, kernel elements included."""
+    def wide(self) -> torch.Tensor:
+        """(P, O, I) float64: the original's weight."""
+        weight = self.original.get_parameter("weight").detach().double()
+        if kind_of(self.original) == "conv":
+            return weight.flatten(1).unflatten(0, (cast(nn.Conv2d, self.original).groups, -1))
+        return (weight.T if self.axis == 0 else weight)[None]
+
+    def columns(self, kernel: int) -> torch.Tensor:
+        """(K,) the inputs that stay; kernel: how many each channel has."""
         many = self.module.get_parameter("weight").shape[self.axis]
-        kernel = self.wide.shape[2] // many
         return (
             self.stay.get(self.axis, torch.arange(many))[:, None] * kernel + torch.arange(kernel)
         ).flatten()
 
-    def rows(self) -> torch.Tensor:
+    def rows(self, shape: torch.Size) -> torch.Tensor:
         """(P, O) bool: which outputs stay."""
-        found = torch.ones(self.wide.shape[:2], dtype=torch.bool)
+        found = torch.ones(shape, dtype=torch.bool)
         if 1 - self.axis in self.stay:
             found.fill_(False).view(-1)[self.stay[1 - self.axis]] = True
         return found
 
 
-def _wide(layer: nn.Module) -> torch.Tensor | None:
-    """A weight as (P, O, I) float64; None where it is not known what each output reads."""
-    weight = layer.get_parameter("weight").detach().double()
-    if kind_of(layer) == "conv" and isinstance(layer, nn.modules.conv._ConvNd) and not layer.transposed:
-        return weight.flatten(1).unflatten(0, (layer.groups, -1))
-    axis = input_axis(layer)
-    return None if axis is None or weight.ndim > 2 else (weight.T if axis == 0 else weight)[None]
+def _layers(model: nn.Module, silent: nn.Module, stay: Stay, context: Context) -> Iterator[_Layer]:
+    """The layers whose weight is theirs alone and whose inputs are known."""
+    held = collections.Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    norms = trace(model, context.examples[0]).norms
+    for path, seen in context.statistics.items():
+        layer = layer_at(model, path)
+        if seen.mean is None or held[id(layer.weight)] > 1 or not _reads(layer):
+            continue
+        bias, name = layer._parameters.get("bias"), parameter_path(model, path.removesuffix(TURNED))
+        shifts = norms.get(path, "") if bias is None else "bias" if held[id(bias)] == 1 else ""
+        yield _Layer(path, name, layer, layer_at(silent, path), stay.get(name, {}), shifts)
+
+
+def _reads(layer: nn.Module) -> bool:
+    """Whether it is known what each output of a layer reads."""
+    if isinstance(layer, nn.modules.conv._ConvNd):
+        return not layer.transposed
+    return input_axis(layer) is not None and layer.get_parameter("weight").ndim == 2
 
 
 def _original(gram: torch.Tensor | None) -> tuple[Moments, Moments | None] | None:
@@ -131,12 +143,12 @@ def _original(gram: torch.Tensor | None) -> tuple[Moments, Moments | None] | Non
 
 def _changed(silent: nn.Module, layer: _Layer, taught: Moments, judged: Moments | None) -> Changes:
     """The layer that makes up for what it misses, by path, and the norm behind it, where that takes over the means."""
-    columns, rows = layer.columns(), layer.rows()
-    new, shift = _fitted(layer.wide, columns, bool(layer.shifts), taught, judged)
-    wide = torch.zeros_like(layer.wide)
-    wide[:, :, columns] = new * rows[..., None]
-    module, shift = view(layer.module, {}), (shift * rows).flatten()
+    module, old = view(layer.module, {}), layer.wide()
     weight = module.get_parameter("weight")
+    columns, rows = layer.columns(old.shape[2] // weight.shape[layer.axis]), layer.rows(old.shape[:2])
+    new, shift = _fitted(old, columns, bool(layer.shifts), taught, judged)
+    wide, shift = torch.zeros_like(old), (shift * rows).flatten()
+    wide[:, :, columns] = new * rows[..., None]
     _put(module, "weight", wide[0].T if layer.axis == 0 else wide.reshape(weight.shape))
     changes: Changes = {layer.path: module}
     if layer.shifts == "bias":
@@ -214,7 +226,7 @@ def _moved(spread: torch.Tensor, pull: torch.Tensor, ridge: float) -> torch.Tens
     return moved
 
 
-def _values(changes: Changes, layers: Mapping[str, _Layer]) -> Mapping[str, torch.Tensor]:
+def _values(changes: Changes, layers: Mapping[str, _Layer]) -> dict[str, torch.Tensor]:
     """The tensors of changed modules by their names in the model."""
     found: dict[str, torch.Tensor] = {}
     for path, module in changes.items():
