@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "flyweight"
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = "![The contract job: flyweight and its peers, side by side](benchmarks/results/contract.svg)"
-PAGES = ("README.md", "docs/optimize.md", "docs/quantization.md")
+PAGES = ("README.md", "docs/optimize.md", "docs/quantization.md", "docs/structure.md")
 _LABELS = {
     "minilm": "all-MiniLM-L6-v2, sentence retrieval",
     "efficientnet_lite0": "EfficientNet-lite0, photos",
@@ -36,7 +36,7 @@ def main() -> int:
     """Write or check every page; returns the exit code."""
     found = _load("contract")
     blocks = {"tree": tree()} | ({"contract": contract(found), "peers": peers(found)} if found else {})
-    blocks |= _weight_codes() | _choices() | _llamacpp()
+    blocks |= _weight_codes() | _choices() | _llamacpp() | _removal()
     stale = []
     for name in PAGES:
         path = ROOT / name
@@ -72,6 +72,14 @@ def _choices() -> dict[str, str]:
     from benchmarks import choices  # it reads the functions of this module
 
     return {f"choices {name}": choices.markdown(table) for name, table in _load("choices").items()}
+
+
+def _removal() -> dict[str, str]:
+    """The table of benchmarks/removal.py, if anything was measured."""
+    from benchmarks import removal  # it reads the functions of this module
+
+    found = _load("removal")
+    return {"removal": removal.markdown(found)} if found else {}
 
 
 def _llamacpp() -> dict[str, str]:

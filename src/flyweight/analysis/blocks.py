@@ -136,6 +136,20 @@ def _called(block: nn.Module, arguments: Arguments, state: torch.Tensor) -> Any:
         return block(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def heard(model: nn.Module, paths: Collection[str]) -> Iterator[Mapping[str, torch.Tensor]]:
+    """What some modules give first, by path, in the last pass of a model so far."""
+    found: dict[str, torch.Tensor] = {}
+
+    def end(path: str, output: Any) -> None:
+        first = _first(output)
+        if first is not None:
+            found[path] = first
+
+    with _hooked(model, paths, _ignore, end):
+        yield found
+
+
 def reach(block: nn.Module, arguments: Arguments, state: torch.Tensor, paths: Collection[str]) -> None:
     """Run a block as `leaving` does, until each of some modules in it was called; what comes after is not run."""
     waiting = set(paths)

@@ -30,7 +30,30 @@ class _Sum:
     """A running sum of outer products."""
 
     total: torch.Tensor  # (P, I, I) float32
+    left: torch.Tensor  # (P, I) float32: the sum of what stands on the left of the products
     rows: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """How a site's inputs go together in a model, and with those that it had in the original: means over rows, float64."""
+
+    gram: torch.Tensor
+    """(P, I, I): the model's inputs with themselves."""
+    cross: torch.Tensor
+    """(P, I, I): the original's inputs with the model's."""
+    mean: torch.Tensor
+    """(P, I): the model's inputs."""
+    before: torch.Tensor
+    """(P, I): the original's inputs."""
+    rows: int
+
+    def joined(self, other: Moments) -> Moments:
+        """Those of the rows of both."""
+        share = self.rows / (self.rows + other.rows)
+        names = ("gram", "cross", "mean", "before")
+        means = (share * getattr(self, name) + (1 - share) * getattr(other, name) for name in names)
+        return Moments(*means, self.rows + other.rows)
 
 
 def grams(model: nn.Module, sites: Collection[str], examples: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
@@ -62,10 +85,34 @@ def both(
     return _collected((original, model), sites, examples)
 
 
+def moments(
+    original: nn.Module, model: nn.Module, sites: Collection[str], examples: Sequence[Batch]
+) -> Mapping[str, Moments]:
+    """What `both` gives, with the means, by the site's path; raises as that does."""
+    squares, crosses, leaders = _summed((original, model), sites, examples)
+    _means(squares), _means(crosses)  # which refuse what is not finite
+    known = {path: _moments(own, crosses[path]) for path, own in squares.items() if own.rows}
+    return {path: known[leader] for path, leader in leaders.items() if leader in known}
+
+
+def _moments(own: _Sum, crossed: _Sum) -> Moments:
+    means = (one.double() / own.rows for one in (own.total, crossed.total, own.left, crossed.left))
+    return Moments(*means, own.rows)
+
+
 def _collected(
     models: tuple[nn.Module, ...], sites: Collection[str], examples: Sequence[Batch]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Means of each site's inputs in the last model with themselves and, of two models, of the first's with the last's.
+    """Means of each site's inputs in the last model with themselves and, of two models, of the first's with the last's."""
+    squares, crosses, leaders = _summed(models, sites, examples)
+    own = {path: (mean + mean.mT) / 2 for path, mean in _means(squares).items()}
+    return _shared(own, leaders), _shared(_means(crosses), leaders)
+
+
+def _summed(
+    models: tuple[nn.Module, ...], sites: Collection[str], examples: Sequence[Batch]
+) -> tuple[dict[str, _Sum], dict[str, _Sum], dict[str, str]]:
+    """Sums of `_streamed`, and of each site the one that leads it.
 
     Which sites share is read off the first example; where a later one disagrees, all begins anew with those sites apart.
     """
@@ -78,10 +125,8 @@ def _collected(
         leaders = _leaders(reads, sites, apart)
         squares, crosses, differing = _streamed(watched, examples, leaders)
         if not differing:
-            break
+            return squares, crosses, leaders
         apart |= differing
-    own = {path: (mean + mean.mT) / 2 for path, mean in _means(squares).items()}
-    return _shared(own, leaders), _shared(_means(crosses), leaders)
 
 
 def _shared(means: Mapping[str, torch.Tensor], leaders: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -196,8 +241,9 @@ def _add(sums: dict[str, _Sum], path: str, left: Call, right: Call) -> None:
     """Add the outer products of two calls' rows."""
     for a, b in zip(input_rows(left), input_rows(right), strict=True):
         if path not in sums:
-            sums[path] = _Sum(a.new_zeros(len(a), a.shape[2], b.shape[2]))
+            sums[path] = _Sum(a.new_zeros(len(a), a.shape[2], b.shape[2]), a.new_zeros(len(a), a.shape[2]))
         sums[path].rows += a.shape[1]
+        sums[path].left += a.sum(1)
         if len(a) == 1:
             sums[path].total[0].addmm_(a[0].T, b[0])
         else:

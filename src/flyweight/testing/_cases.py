@@ -131,8 +131,11 @@ def plans_of(method: str, model: nn.Module, analysis: Analysis, examples: Sequen
 
 
 def _structural(method: str, model: nn.Module, examples: Sequence[Batch]) -> list[Plan]:
-    """A quarter of every group that can be removed, if there is one."""
-    coupling = discover.method("transforms", method).groups(model, examples[0])
+    """A quarter of every group that can be removed, if there is one; or the model as a whole."""
+    module = discover.method("transforms", method)
+    if not hasattr(module, "groups"):
+        return [Plan((Step(method, module.SITE),))]
+    coupling = module.groups(model, examples[0])
     steps = [Step(method, group.name, {"importance": "magnitude"}) for group in coupling.groups]
     return [transforms.complete(model, Plan(tuple(steps)), Context(examples=examples))] if steps else []
 

@@ -40,8 +40,8 @@ from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
-STRUCTURE = ("prune",)
-"""Methods that change widths, before all others."""
+STRUCTURE = ("prune", "heal")
+"""Methods that change structure, and what heals it, in order; before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed."""
@@ -126,7 +126,10 @@ def _structural(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
 
 def _cut(model: nn.Module, plan: Plan, context: Context) -> tuple[nn.Module, Context]:
     """The model after the steps of STRUCTURE, and what is known of it."""
-    for name, chosen in _structural(plan).items():
+    context = dataclasses.replace(context, original=model)
+    chosen_by = _structural(plan)
+    for name in sorted(chosen_by, key=STRUCTURE.index):
+        chosen = chosen_by[name]
         places = {step.site: f"steps[{index}]" for index, step in enumerate(plan.steps)}
         try:
             model = discover.method("transforms", name).cut(model, chosen, context)

@@ -22,11 +22,12 @@ from torch import nn
 from flyweight.analysis import blocks
 from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.analysis.blocks import Arguments, Chain
-from flyweight.analysis.gram import both, grams
+from flyweight.analysis.gram import both, grams, moments
 from flyweight.records import Batch
 from flyweight.transforms._contract import Context, unheard
 from flyweight.transforms._copies import view
 from flyweight.transforms._quantized import QuantizedLayer
+from flyweight.transforms._teaching import parted
 
 Changes = dict[str, nn.Module]
 """New modules by their paths in the model."""
@@ -49,6 +50,10 @@ class Work:
     """By site: the other modules that hold its weight, which change with it."""
     settle: Callable[[Place, Changes], Changes] | None = None
     """What becomes of a block's new modules when all are there, in view of what leaves the block."""
+    began: nn.Module | None = None
+    """The model that is changed, where that is another than the original: of its structure, with other values."""
+    moments: bool = False
+    """Whether changes learn from `Context.moments` in place of matrices."""
 
     @property
     def sites(self) -> list[str]:
@@ -78,6 +83,13 @@ class Place:
     """Which part of the model's blocks it is: one over their number."""
     say: Callable[[str], None] = unheard
     """Takes a note, as `Context.say`."""
+    twin: nn.Module | None = None
+    """The block of the model that is changed, where that is another than the original."""
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the model gives this block, or makes of it, something else than the original even without changes."""
+        return self.current is not self.original or self.twin is not None
 
     @functools.cached_property
     def wanted(self) -> tuple[torch.Tensor, ...]:
@@ -90,8 +102,9 @@ class Place:
         return [{"index": torch.tensor(i), "original": a, "current": b} for i, (a, b) in enumerate(states)]
 
     def side(self, name: str, changes: Changes, until: Sequence[str] = ()) -> nn.Module:
-        """The block, changed at some paths, as a model of the original or the current states; until: see `_Stage`."""
-        return _Side(self.changed(changes), self.arguments, name, [self.inner(path) for path in until])
+        """The original's block, or the changed one, as a model of its states; until: see `_Stage`."""
+        block = self.block if name == "original" else self.changed(changes)
+        return _Side(block, self.arguments, name, [self.inner(path) for path in until])
 
     def own(self, path: str) -> str:
         """The path in a side of a module that has this path in the model."""
@@ -103,7 +116,33 @@ class Place:
 
     def changed(self, changes: Changes) -> nn.Module:
         """The block with other modules at some paths of the model."""
-        return view(self.block, {self.inner(path): _plain(new) for path, new in changes.items()})
+        return view(self.twin or self.block, {self.inner(path): _plain(new) for path, new in changes.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class _Whole:
+    """A model without blocks, or what is outside of them: a place in which the whole model runs."""
+
+    model: nn.Module
+    began: nn.Module
+    batches: Sequence[Batch]
+
+    @property
+    def drifted(self) -> bool:
+        """Whether the model differs from the original even without changes."""
+        return self.began is not self.model
+
+    def examples(self) -> Sequence[Batch]:
+        """What the sides take."""
+        return self.batches
+
+    def side(self, name: str, changes: Changes, until: Sequence[str] = ()) -> nn.Module:
+        """The original or the changed model; until: see `_Stage`."""
+        return self.model if name == "original" else view(self.began, changes)
+
+    def own(self, path: str) -> str:
+        """The path in a side of a module that has this path in the model."""
+        return path
 
 
 @dataclass(frozen=True)
@@ -150,61 +189,62 @@ def in_order(model: nn.Module, work: Work) -> Changes | None:
     order = blocks.calls(model, {*watched, chain.paths[0]}, examples[0])
     before = order[: order.index(chain.paths[0])]
     early = {site for site in outside if any(path in before for path in work.paths(site))}
-    changes = _outside(model, {}, work.among(early))
+    changes = one_by_one(model, {}, work.among(early))
     along = _along(model, chain, changes, work)
     if along is None:
         return None
     changes |= along
-    return changes | _outside(model, changes, work.among(outside - early))
+    return changes | one_by_one(model, changes, work.among(outside - early))
 
 
-def _outside(model: nn.Module, changes: Changes, work: Work) -> Changes:
-    """The new modules for sites outside the chain, all learned in one state of the model."""
-    current = view(model, changes) if changes and work.learning else model
-    own = {site: site for site in work.learning}
-    return _all(work, _knowing(work, model, current, work.context.examples, own))
+def one_by_one(model: nn.Module, changes: Changes, work: Work) -> Changes:
+    """The new modules for all sites in a model that is changed already, learned in the whole model, one behind the other."""
+    began = view(work.began or model, changes) if changes or work.began else model
+    return within(_Whole(model, began, work.context.examples), work)
 
 
 def _along(model: nn.Module, chain: Chain, early: Changes, work: Work) -> Changes | None:
     """The new modules in the chain, block after block, of a model that is changed already before it."""
     examples, changes = work.context.examples, Changes()
     stream = blocks.stream(model, chain, examples)
-    entering = blocks.entering(view(model, early), chain, examples) if early else ()
+    began = work.began or model
+    entering = blocks.entering(view(began, early), chain, examples) if early or work.began else ()
     if stream is None or entering is None:
         return None
     original, current = stream.states, entering or stream.states
     for path, arguments in zip(chain.paths, stream.arguments, strict=True):
         block, share = model.get_submodule(path), 1 / len(chain.paths)
-        place = Place(path, block, arguments, original, current, share, work.context.say)
+        twin = began.get_submodule(path) if work.began else None
+        place = Place(path, block, arguments, original, current, share, work.context.say, twin)
         found = within(place, work.among([site for site in work.sites if _inside(site, path)]))
         if work.settle is not None:
             found = work.settle(place, found)
         changes |= found
         if path != chain.paths[-1]:
-            original, current = behind(place, found, bool(work.drifting) or work.settle is not None)
+            apart = bool(work.drifting) or work.settle is not None or work.moments
+            original, current = behind(place, found, apart)
     return changes
 
 
 def behind(place: Place, found: Changes, drifting: bool) -> tuple[tuple[torch.Tensor, ...], ...]:
     """The original's and the current hidden states behind a block; one and the same where nobody asks how far they drift."""
     current = _after(place.changed(found), place.arguments, place.current)
-    apart = drifting and (found or place.current is not place.original)
+    apart = drifting and (found or place.drifted)
     return place.wanted if apart else current, current
 
 
-def within(place: Place, work: Work) -> Changes:
+def within(place: Place | _Whole, work: Work) -> Changes:
     """The new modules of a block: those that read one tensor together, and each behind the changes before it."""
     changes = _all(work.among(work.others), work.context)
     for stage in _stages(place, work.learning, work.tied):
         part, own = work.among(stage.sites), {site: place.own(site) for site in stage.sites}
         current = place.side("current", changes, stage.until)
-        drifted = changes or place.current is not place.original
-        original = place.side("original", {}, stage.until) if drifted else current
+        original = place.side("original", {}, stage.until) if changes or place.drifted else current
         changes |= _all(part, _knowing(part, original, current, place.examples(), own))
     return changes
 
 
-def _stages(place: Place, sites: Sequence[str], tied: Collection[str]) -> list[_Stage]:
+def _stages(place: Place | _Whole, sites: Sequence[str], tied: Collection[str]) -> list[_Stage]:
     """Sites of a block in groups that read one tensor, as told by the first example, in the order in which they run."""
     if not sites:
         return []
@@ -225,6 +265,15 @@ def _knowing(
     if not own:
         return work.context
     paths = list(own.values())
+    if work.moments:
+        halves = ([examples[index] for index in some] for some in parted(len(examples)))
+        taught, judged = (moments(original, current, paths, half) for half in halves)
+        know = {
+            site: (taught[path], judged[path])
+            for site, path in own.items()
+            if path in taught and path in judged
+        }
+        return dataclasses.replace(work.context, moments=know.get)
     crossed: Mapping[str, torch.Tensor] = {}
     if original is not current and not work.drifting.isdisjoint(own):
         found, crossed = both(original, current, paths, examples)

@@ -13,30 +13,29 @@ at a time. Tied weights, and models without a chain of blocks, are tuned as a wh
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from flyweight.analysis.answers import Answer, answer, output_of, vocabularies_of
+from flyweight.analysis.answers import answer, output_of, vocabularies_of
 from flyweight.analysis.bare import is_bare
 from flyweight.analysis.blocks import passing
 from flyweight.analysis.calls import unfused
 from flyweight.codes import integer
 from flyweight.codes._options import require, require_one_of
-from flyweight.errors import DataError, UsageError
-from flyweight.inputs._examples import parts
-from flyweight.records import JSON, Batch, Site
+from flyweight.errors import UsageError
+from flyweight.records import JSON, Site
 from flyweight.transforms import weight_only
 from flyweight.transforms._contract import Context
 from flyweight.transforms._copies import view
 from flyweight.transforms._quantized import QuantizedLayer
 from flyweight.transforms._sequential import Changes, Place
+from flyweight.transforms._teaching import Pace, apart, error_of_rows, learn, mean, parted, still
+from flyweight.transforms._teaching import pieces as pieces
 from flyweight.transforms._tuned import Numbers, TunedLayer
 
 CODES = ("integer", "ternary", "palette")
@@ -45,12 +44,6 @@ _NO_BETTER = "on the examples kept apart that did no better, so it stays as it w
 _OWN = ("block_passes", "passes", "seconds", "seed")
 _LEVELS, _OTHERS = 0.01, 0.001
 """How far the first step moves levels, in steps of the grid, and all else, as a share."""
-_MEMORY = (0.9, 0.99)
-"""Shares of the past in each entry's mean slope, and in the mean square that it is measured by."""
-_APART = 8
-"""One in so many examples judges what the others taught."""
-_PIECES = 64
-"""Examples that batches are split into where they are fewer: many small steps teach more than a few large ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +119,6 @@ def replace(model: nn.Module, site: Site, options: Options, context: Context) ->
     return weight_only.replace(model, site, options.stored, context)
 
 
-def pieces(model: nn.Module, examples: Sequence[Batch]) -> Sequence[Batch]:
-    """The examples, split along their first dimension where there are few of them and the model takes them so."""
-    count = -(-_PIECES // len(examples))
-    found = [piece for batch in examples for piece in _split(batch, count)]
-    try:
-        output_of(view(model, {}).eval(), found[:1], 0)
-    except DataError:
-        return examples
-    return found
-
-
 def settle(place: Place, found: Changes, sites: Mapping[str, Options]) -> Changes:
     """The new modules of a block, those at the sites tuned until the block gives what the original's gives.
 
@@ -151,18 +133,18 @@ def settle(place: Place, found: Changes, sites: Mapping[str, Options]) -> Change
 
     def loss(block: nn.Module, index: int) -> torch.Tensor:
         gone = passing(block, place.arguments[index], place.current[index])
-        return _error_of_rows(place.wanted[index], gone)
+        return error_of_rows(place.wanted[index], gone)
 
     def block_of(tuned: Mapping[str, nn.Module]) -> nn.Module:
         return place.changed({**found, **tuned})
 
-    with _still(place.block):
+    with still(place.block):
         tuning = block_of({path: TunedLayer(layer, numbers[path]) for path, layer in layers.items()})
-        taught, kept = _parted(len(place.current))
-        pace = _Pace(options, options.block_passes, place.share * _part(options, "block"))
+        taught, kept = parted(len(place.current))
+        pace = _pace(options, options.block_passes, place.share * _part(options, "block"))
         _learn(list(numbers.values()), functools.partial(loss, tuning), taught, pace)
         new: Changes = {path: one.frozen() for path, one in numbers.items()}
-        before, after = (_mean(functools.partial(loss, block_of(some)), kept) for some in ({}, new))
+        before, after = (mean(functools.partial(loss, block_of(some)), kept) for some in ({}, new))
     if after < before:
         return {**found, **new}
     place.say(f"{place.path} was not tuned: {_NO_BETTER}")
@@ -186,63 +168,40 @@ def finish(original: nn.Module, model: nn.Module, sites: Mapping[str, Options], 
     def loss(student: nn.Module, index: int) -> torch.Tensor:
         with torch.no_grad():
             wanted = answer(output_of(teacher, context.examples, index), known)
-        return _apart(wanted, answer(output_of(student, context.examples, index), known))
+        return apart(wanted, answer(output_of(student, context.examples, index), known))
 
-    with _still(model), unfused():
+    with still(model), unfused():
         tuned = {own: TunedLayer(one, numbers[path]) for path in layers for own, one in holders[path].items()}
-        taught, kept = _parted(len(context.examples))
-        pace = _Pace(options, options.passes, _part(options, "model"))
+        taught, kept = parted(len(context.examples))
+        pace = _pace(options, options.passes, _part(options, "model"))
         _learn(list(numbers.values()), functools.partial(loss, view(model, tuned)), taught, pace)
         new: Changes = {
             own: one for path in layers for own, one in _frozen(numbers[path], path, holders[path]).items()
         }
-        before, after = (_mean(functools.partial(loss, one), kept) for one in (model, view(model, new)))
+        before, after = (mean(functools.partial(loss, one), kept) for one in (model, view(model, new)))
     if after < before:
         return new
     context.say(f"the model was not tuned as a whole: {_NO_BETTER}")
     return {}
 
 
-@dataclass(frozen=True)
-class _Pace:
-    """How long numbers are moved."""
-
-    options: Options
-    passes: float
-    part: float
-    """Of the time that there is."""
-
-
 def _learn(
-    numbers: Sequence[Numbers], loss: Callable[[int], torch.Tensor], taught: Sequence[int], pace: _Pace
+    numbers: Sequence[Numbers], loss: Callable[[int], torch.Tensor], taught: Sequence[int], pace: Pace
 ) -> None:
-    """Move the numbers by one example after another, in an order that is drawn, less and less until the time is over.
-
-    By Adam (Kingma and Ba, arXiv 1412.6980, 2014): inputs differ in size by channel, and so do slopes; measured by one size
-    for all, those of the largest channels alone would move. A slope that is not finite moves nothing.
-    """
-    steps, begin = max(1, round(pace.passes * len(taught))), time.monotonic()
-    limit = math.inf if pace.options.seconds is None else pace.options.seconds * pace.part
-    moved = [one for owner in numbers for one in owner.moving()]
+    """Move the numbers: levels by one size, all else by another."""
     levels = {id(owner.levels) for owner in numbers}
-    rates = [_LEVELS if id(one) in levels else _OTHERS for one in moved]
-    optimizer = torch.optim.Adam([{"params": [one]} for one in moved], betas=_MEMORY)
-    random = torch.Generator().manual_seed(pace.options.seed)
-    for step in range(steps):
-        if not step % len(taught):
-            order = torch.randperm(len(taught), generator=random).tolist()
-        done = max(step / steps, (time.monotonic() - begin) / limit)
-        if done >= 1:
-            return
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - done)
-        optimizer.zero_grad()
-        with torch.enable_grad():
-            loss(taught[order[step % len(taught)]]).backward()
-        if all(one.grad is not None and bool(one.grad.isfinite().all()) for one in moved):
-            optimizer.step()
+    moved = [one for owner in numbers for one in owner.moving()]
+
+    def hold() -> None:
         for owner in numbers:
             owner.hold()
+
+    learn([(one, _LEVELS if id(one) in levels else _OTHERS) for one in moved], loss, taught, pace, hold)
+
+
+def _pace(options: Options, passes: float, part: float) -> Pace:
+    """How long numbers are moved, in a part of the time that there is."""
+    return Pace(passes, options.seed, math.inf if options.seconds is None else options.seconds * part)
 
 
 def _one(sites: Mapping[str, Options]) -> Options:
@@ -266,60 +225,6 @@ def _weight(place: Place, path: str, layer: QuantizedLayer) -> torch.Tensor:
     return weight.T if layer.transposed else weight.flatten(1)
 
 
-def _mean(loss: Callable[[int], torch.Tensor], kept: Sequence[int]) -> float:
-    """The mean loss on some examples."""
-    with torch.no_grad():
-        return sum(float(loss(index)) for index in kept) / len(kept)
-
-
-def _apart(wanted: Answer, found: Answer) -> torch.Tensor:
-    """() KL divergence of a prediction's labels, the mean over predictions; without logits the relative squared error."""
-    if wanted.logits:
-        first, second = (one.tensors[0].float().flatten(0, -2).log_softmax(-1) for one in (wanted, found))
-        return nn.functional.kl_div(second, first, reduction="batchmean", log_target=True)
-    return torch.stack([_error(*pair) for pair in zip(wanted.tensors, found.tensors, strict=True)]).sum()
-
-
-def _error(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """() the relative squared error."""
-    square: torch.Tensor = wanted.float().square().sum().clamp(min=1e-30)
-    return (wanted.float() - found.float()).square().sum() / square
-
-
-def _error_of_rows(wanted: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-    """() the mean over the hidden states (..., F) of each one's relative squared error; of other tensors as a whole.
-
-    What follows a block normalizes each hidden state by itself, and some, as that of the first token, are a hundred times as
-    large as others: in a sum of squares they would count alone.
-    """
-    if wanted.ndim != 3:
-        return _error(wanted, found)
-    squares = wanted.float().square().sum(-1).clamp(min=1e-30)
-    return ((wanted.float() - found.float()).square().sum(-1) / squares).mean()
-
-
-def _parted(count: int) -> tuple[list[int], list[int]]:
-    """Which examples teach, and which judge: every eighth, at least one; where there are fewer than four all do both."""
-    every = list(range(count))
-    if count < 4:
-        return every, every
-    kept = every[:: -min(_APART, count)]
-    return [index for index in every if index not in kept], kept
-
-
-def _split(batch: Batch, count: int) -> list[Batch]:
-    """A batch in up to `count` pieces along the first dimension, where all its tensors share that."""
-    named = dict(parts(batch))
-    sizes = {tensor.shape[0] if tensor.ndim else 0 for tensor in named.values()}
-    if len(sizes) != 1 or min(sizes) < 2:
-        return [batch]
-    columns = [tensor.chunk(count) for tensor in named.values()]
-    rows = list(zip(*columns, strict=True))
-    if isinstance(batch, torch.Tensor):
-        return [row[0] for row in rows]
-    return [dict(zip(named, row, strict=True)) if isinstance(batch, dict) else row for row in rows]
-
-
 def _frozen(
     numbers: Numbers, path: str, holders: Mapping[str, QuantizedLayer]
 ) -> Mapping[str, QuantizedLayer]:
@@ -336,16 +241,3 @@ def _holders(model: nn.Module, layer: QuantizedLayer) -> dict[str, QuantizedLaye
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, QuantizedLayer) and any(module is one for one in layer.sharing)
     }
-
-
-@contextlib.contextmanager
-def _still(model: nn.Module) -> Iterator[None]:
-    """No slopes for the model's own parameters meanwhile."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)

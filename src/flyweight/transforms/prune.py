@@ -121,9 +121,15 @@ def cut(model: nn.Module, options: Mapping[str, Options], context: Context) -> n
             raise UsageError(_NO_LAYER, got=f"the group {group.name}", where=name)
     kept = {name: units_of(chosen.kept, name) for name, chosen in decided.items()}
     _removal.check(model, list(found.values()))
-    making_up = [name for name, chosen in decided.items() if chosen.compensate and not context.rebuilding]
-    stay = _removal.indices([found[name] for name in making_up], {name: kept[name] for name in making_up})
-    return _removal.removed(model, list(found.values()), kept, compensated(model, stay, context)).eval()
+    some, values = list(found.values()), dict[str, torch.Tensor]()
+    if (
+        any(chosen.compensate for chosen in decided.values())
+        and not context.rebuilding
+        and len(context.examples)
+    ):
+        silent = _removal.silenced(model, some, kept).eval()
+        values = compensated(model, silent, _removal.indices(some, kept), context)
+    return _removal.removed(model, some, kept, values).eval()
 
 
 def units_of(text: str, where: str) -> list[int]:
