@@ -36,7 +36,7 @@ def main() -> int:
     """Write or check every page; returns the exit code."""
     found = _load("contract")
     blocks = {"tree": tree()} | ({"contract": contract(found), "peers": peers(found)} if found else {})
-    blocks |= _weight_codes() | _choices() | _llamacpp() | _removal()
+    blocks |= _weight_codes() | _choices() | _llamacpp() | _removal() | _coverage()
     stale = []
     for name in PAGES:
         path = ROOT / name
@@ -88,6 +88,14 @@ def _llamacpp() -> dict[str, str]:
 
     found = _load("llamacpp")
     return {"llamacpp": _llamacpp_report.table(found["records"])} if found else {}
+
+
+def _coverage() -> dict[str, str]:
+    """The table of benchmarks/coverage.py, if anything was measured."""
+    from benchmarks import coverage
+
+    found = _load("coverage")
+    return {"coverage": coverage.table(found)} if found else {}
 
 
 def _between(page: str, key: str, text: str) -> str:

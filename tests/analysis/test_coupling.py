@@ -98,6 +98,58 @@ def test_the_number_that_comes_from_a_shape_is_no_place() -> None:
     )
 
 
+class Fused(nn.Module):
+    """One product, taken apart where sums and products of the model's own numbers say."""
+
+    def __init__(self, wide: int, narrow: int, times: int) -> None:
+        super().__init__()
+        self.wide, self.narrow, self.times = wide, narrow, times
+        self.one = nn.Linear(4, wide + times * narrow)
+        self.two, self.three = nn.Linear(wide, 3), nn.Linear(narrow, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.one(x)
+        parts = y[:, self.wide : self.wide + self.times * self.narrow].view(-1, self.times, self.narrow)
+        return self.two(y[:, : self.wide]) + self.three(parts).sum(1)
+
+
+def test_attributes_are_found_where_a_sum_of_products_cuts() -> None:
+    groups = found(Fused(6, 5, 2), torch.randn(2, 4))
+    own = {
+        place.name: group.units for group in groups.values() for place in group.places if place.axis is None
+    }
+    assert own == {":wide": 6, ":narrow": 5, ":times": 2}
+
+
+def test_an_attribute_times_a_number_is_told_from_what_it_is_seen_as() -> None:
+    class Threefold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width, self.one, self.two = 5, nn.Linear(4, 30), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a, b, c = self.one(x).view(x.shape[0], -1, 3 * self.width).chunk(3, -1)
+            return self.two(a * b + c)
+
+    groups = found(Threefold(), torch.randn(2, 4))
+    (group,) = [group for group in groups.values() if (":width", None) in names(group)]
+    assert group.units == 5
+    assert ("two.weight", 1) in names(group)
+
+
+def test_a_piece_of_no_size_holds_nothing() -> None:
+    class Halved(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x)
+            return self.two(torch.cat([torch.relu(y[..., :6]), y[..., 6:]], -1))
+
+    assert found(Halved(), torch.randn(2, 4))["one:neurons"].units == 6
+
+
 def test_layer_norms_softmax_and_lookups_hold_sizes() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 5), nn.Softmax(-1), nn.Linear(5, 3))
     fixed = couple(model, torch.randn(2, 4)).fixed

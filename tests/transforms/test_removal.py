@@ -110,10 +110,20 @@ def test_a_wrong_group_is_refuted_with_the_distance() -> None:
 
 
 def test_a_group_whose_removal_does_not_run_is_fixed_with_the_reason() -> None:
-    model = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True, dropout=0.0).eval()
-    coupling = traced(model, torch.randn(2, 5, 16))
-    assert [group.name for group in coupling.groups] == ["linear1:neurons"]
-    assert "does not run" in coupling.fixed["self_attn:heads"]
+    class Checked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.relu(self.one(x))
+            if y.shape[1] != 6:
+                raise ValueError("six are needed")
+            return self.two(y)
+
+    coupling = traced(Checked().eval(), torch.randn(2, 4))
+    assert coupling.groups == ()
+    assert "six are needed" in coupling.fixed["one:neurons"]
 
 
 @pytest.mark.parametrize("units", [[], [7], [-1]])

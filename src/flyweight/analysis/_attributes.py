@@ -14,34 +14,46 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.fx.traceback
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 from torch.overrides import TorchFunctionMode
 
+from flyweight.analysis.calls import ATTENTION
+
 Factor: TypeAlias = tuple[str, int]
 """An attribute, as "path.of.module:name" or "path.of.module:name.name", and its value; a plain number has no name."""
-Mark: TypeAlias = tuple[int, tuple[Factor, ...]]
-"""How many numbers the operation got before this one, and what this one is the product of."""
+Terms: TypeAlias = tuple[tuple[Factor, ...], ...]
+"""A sum of products."""
+Mark: TypeAlias = tuple[int, Terms]
+"""How many numbers the operation got before this one, and what this one is made of."""
 _MARKS = "flyweight_sizes"
 
 
 class Known(int):
-    """A number with the attributes that it is the product of."""
+    """A number with the attributes that it is a sum of products of."""
 
-    factors: tuple[Factor, ...]
+    terms: Terms
 
     def __mul__(self, other: Any) -> Any:
-        """A product of whole numbers remembers the factors of both."""
+        """A product of whole numbers remembers what both are made of."""
         return _product(self, other) if isinstance(other, int) else int(self) * other
 
     def __rmul__(self, other: Any) -> Any:
         return _product(other, self) if isinstance(other, int) else other * int(self)
 
+    def __add__(self, other: Any) -> Any:
+        """A sum of whole numbers remembers what both are made of."""
+        return _sum(self, other) if isinstance(other, int) else int(self) + other
 
-def known(value: int, factors: tuple[Factor, ...]) -> Known:
-    """A number with what it is the product of."""
+    def __radd__(self, other: Any) -> Any:
+        return _sum(other, self) if isinstance(other, int) else other + int(self)
+
+
+def known(value: int, terms: Terms) -> Known:
+    """A number with what it is made of."""
     number = Known(value)
-    number.factors = factors
+    number.terms = terms
     return number
 
 
@@ -66,8 +78,11 @@ class Marking(TorchFunctionMode):
     ) -> Any:
         """Run an operation, with a mark where there is something to remember."""
         named = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:
+                return ATTENTION(*args, **named)
         numbers = enumerate(_numbers((args, tuple(named.values()))))
-        found = tuple((place, n.factors) for place, n in numbers if isinstance(n, Known) and n > 1)
+        found = tuple((place, n.terms) for place, n in numbers if isinstance(n, Known) and n > 1)
         if not found:
             return func(*args, **named)
         with torch.fx.traceback.annotate({_MARKS: found}):
@@ -81,17 +96,21 @@ def marks(node: Node) -> tuple[Mark, ...]:
 
 
 def _product(one: int, two: int) -> Known:
-    return known(int(one) * int(two), (*_factors(one), *_factors(two)))
+    return known(int(one) * int(two), tuple((*a, *b) for a in _terms(one) for b in _terms(two)))
 
 
-def _factors(number: int) -> tuple[Factor, ...]:
-    return number.factors if isinstance(number, Known) else (("", int(number)),)
+def _sum(one: int, two: int) -> Known:
+    return known(int(one) + int(two), (*_terms(one), *_terms(two)))
+
+
+def _terms(number: int) -> Terms:
+    return number.terms if isinstance(number, Known) else ((("", int(number)),),)
 
 
 def _remember(held: dict[str, Any], before: str) -> None:
     for name, value in held.items():
         if type(value) is int:
-            held[name] = known(value, ((before + name, value),))
+            held[name] = known(value, (((before + name, value),),))
 
 
 def _is_record(value: Any) -> bool:
@@ -107,5 +126,7 @@ def _numbers(values: Iterable[Any]) -> Iterator[int]:
     for value in values:
         if isinstance(value, tuple | list):
             yield from _numbers(value)
+        elif isinstance(value, slice):
+            yield from _numbers((value.start, value.stop))
         elif isinstance(value, int) and not isinstance(value, bool):
             yield value

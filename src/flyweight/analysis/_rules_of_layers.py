@@ -67,8 +67,8 @@ def _transposed(walk: Walk, node: Node) -> Dims:
 def _grouped(walk: Walk, node: Node, channels: Dim, groups: int) -> list[Dim]:
     """Channels as groups and what is in each; the number of groups may be an attribute."""
     parts = walk.space.regroup([channels], [groups, walk.size(channels) // groups])
-    for _, factors in marks(node):
-        walk.ruled(factors, parts[0])
+    for _, terms in marks(node):
+        walk.ruled(terms, parts[0])
     return parts
 
 
@@ -192,9 +192,19 @@ def _baddbmm(walk: Walk, node: Node) -> Dims:
     return walk.broadcast(walk.dims(node.args[0]), found)
 
 
+def _experts(walk: Walk, node: Node) -> Dims:
+    """Rows (S, I) that are sorted by expert, times weights (E, I, O)."""
+    rows, weights = walk.dims(node.args[0]), walk.dims(node.args[1])
+    walk.unify(rows[1], weights[1])
+    walk.freeze([rows[0], weights[0]], "it is what an index looks up")
+    walk.call(weights[2], "neurons")
+    return [rows[0], weights[2]]
+
+
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         "linear": _linear,
+        **dict.fromkeys(("_grouped_mm", "grouped_mm", "grouped_mm_fallback"), _experts),
         **dict.fromkeys(("matmul", "mm", "bmm"), _matmul),
         "addmm": _addmm,
         "baddbmm": _baddbmm,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from torch.fx import Node
 
+from flyweight.analysis._attributes import marks
 from flyweight.analysis._walk import Dims, Rule, Walk, argument, elementwise, sizes
 
 
@@ -31,7 +33,12 @@ def _view(walk: Walk, node: Node) -> Dims:
 
 
 def _unflatten(walk: Walk, node: Node) -> Dims:
-    return walk.space.regroup(walk.dims(node.args[0]), sizes(node))
+    dims = walk.dims(node.args[0])
+    found, axis = walk.space.regroup(dims, sizes(node)), argument(node, 1, "dim") % len(dims)
+    for place, terms in marks(node):
+        if place:  # the first number is the axis
+            walk.ruled(terms, found[axis + place - 1])
+    return found
 
 
 def _transpose(walk: Walk, node: Node) -> Dims:
@@ -128,6 +135,13 @@ def _slice(walk: Walk, node: Node) -> Dims | None:
         dims[axis] = walk.fresh(node)[axis]
         walk.freeze([dims[axis]], reason)
         return dims
+    if high <= low:
+        dims[axis] = walk.space.new(0)
+        return dims
+    for _, terms in marks(node):  # a bound that attributes tell
+        bound = sum(math.prod(number for _, number in factors) for factors in terms)
+        if bound in (low, high):
+            walk.ruled(terms, walk.space.cut(dims[axis], [bound, size - bound])[0])
     parts = [count for count in (low, high - low, size - high) if count]
     dims[axis] = walk.space.cut(dims[axis], parts)[1 if low else 0]
     return dims
@@ -138,6 +152,13 @@ def _select(walk: Walk, node: Node) -> Dims:
     walk.freeze([dims[axis]], "one of it is taken by its number")
     del dims[axis]
     return dims
+
+
+def _unbind(walk: Walk, node: Node) -> list[Dims]:
+    dims, axis = walk.dims(node.args[0]), argument(node, 1, "dim", 0)
+    walk.freeze([dims[axis]], "each of it is taken by its number")
+    del dims[axis]
+    return [list(dims) for _ in node.meta["val"]]
 
 
 def _index(walk: Walk, node: Node) -> Dims:
@@ -204,6 +225,14 @@ def _pad(walk: Walk, node: Node) -> Dims:
     return dims
 
 
+def _gather(walk: Walk, node: Node) -> Dims:
+    """Entries picked along one dimension, by numbers that stand where the others are."""
+    dims, numbers, axis = walk.dims(node.args[0]), walk.dims(node.args[2]), argument(node, 1, "dim")
+    walk.freeze([dims[axis], numbers[axis]], "it is what an index looks up")
+    dims[axis] = numbers[axis]
+    return [walk.one(pair) for pair in zip(dims, numbers, strict=True)]
+
+
 def _ordered(walk: Walk, node: Node) -> Dims:
     """The order of the places counts along every dimension."""
     dims = walk.dims(node.args[0])
@@ -214,7 +243,8 @@ def _ordered(walk: Walk, node: Node) -> Dims:
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys(
-            ("where", "__and__", "__or__", "masked_fill", "masked_fill_", "gelu", "silu", "mish", "hardswish"),
+            ("where", "__and__", "__or__", "masked_fill", "masked_fill_", "gelu", "silu", "mish", "hardswish",
+             "copy_"),
             elementwise,
         ),
         **dict.fromkeys(
@@ -243,7 +273,9 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(("split", "chunk", "split_with_sizes", "tensor_split"), _split),
         "slice": _slice,
         "select": _select,
+        "unbind": _unbind,
         "index": _index,
+        "gather": _gather,
         **dict.fromkeys(("sum", "norm", "linalg_vector_norm"), _sum),
         **dict.fromkeys(
             ("mean", "amax", "amin", "var", "std", "all", "any", "max", "min", "logsumexp"), _mean

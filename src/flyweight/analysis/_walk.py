@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -9,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.fx import Node
 
-from flyweight.analysis._attributes import Factor, marks
+from flyweight.analysis._attributes import Factor, Terms, marks
 from flyweight.analysis.dimensions import Dim, Dimensions
 
 Dims: TypeAlias = list[Dim]
@@ -32,7 +34,9 @@ class Walk:
         self.kinds: list[tuple[str, Dim]] = []
         """What the indices of a dimension are, in a word; the first that is told of an atom holds."""
         self.unknown: dict[str, str] = {}
-        """Operations without a rule, and where the first stands."""
+        """Operations without a rule that hold parameters, and where the first stands."""
+        self._untold: list[tuple[str, str, set[int]]] = []
+        self._products: list[tuple[Sequence[Factor], Dim]] = []
         self._program, self._rules = program, rules
         self._known: dict[Node, Any] = {}
         self._run()
@@ -84,21 +88,43 @@ class Walk:
 
     def sized(self, node: Node, dims: Dims) -> None:
         """Note which attributes the sizes of a result are that an operation was told, one number for each dimension."""
-        for place, factors in marks(node):
+        for place, terms in marks(node):
             if place < len(dims):
-                self.ruled(factors, dims[place])
+                self.ruled(terms, dims[place])
 
-    def ruled(self, factors: Sequence[Factor], dim: Dim) -> None:
-        """Note that a dimension has the size of an attribute, or of a product of attributes that are not known yet."""
-        sizes = [size for _, size in factors]
-        names = [name for name, _ in factors]
-        if self.size(dim) != torch.Size(sizes).numel() or not all(names):
+    def ruled(self, terms: Terms, dim: Dim) -> None:
+        """Note that a dimension has the size of attributes, of their product, or of sums of these, piece by piece."""
+        widths = [math.prod(size for _, size in factors) for factors in terms]
+        if self.size(dim) != sum(widths) or min(widths) < 1:
             return
-        if len(names) == 1:
-            self.unify(self.attributes.setdefault(names[0], dim), dim)
-        elif not set(names) & set(self.attributes):
-            for factor, part in zip(factors, self.space.regroup([dim], sizes), strict=True):
-                self.ruled([factor], part)
+        for factors, piece in zip(terms, self.space.cut(dim, widths), strict=True):
+            large = [(name, size) for name, size in factors if size > 1]
+            if len(large) == 1 and large[0][0]:
+                self._is(large[0][0], piece)
+            elif len(large) > 1:
+                self._products.append((large, piece))
+
+    def _is(self, name: str, dim: Dim) -> None:
+        if name:
+            self.unify(self.attributes.setdefault(name, dim), dim)
+
+    def _multiplied(self, factors: Sequence[Factor], dim: Dim) -> None:
+        """Note that a dimension has the size of a product, once it is known what it is seen as elsewhere."""
+        sizes, parts = [size for _, size in factors], self.space.factors(dim)
+        names, seen = [name for name, _ in factors if name], [self.size(part) for part in parts]
+        if set(itertools.accumulate(sizes, operator.mul)) <= set(itertools.accumulate(seen, operator.mul)):
+            parts = self.space.regroup([dim], sizes)
+        elif sorted(seen) == sorted(set(sizes)):
+            parts = [parts[seen.index(size)] for size in sizes]
+        elif len(parts) == len(names) == 1:  # so many pieces behind one another
+            own = next(size for name, size in factors if name)
+            parts = [self.one(self.space.cut(dim, [own] * (self.size(dim) // own)))] * len(factors)
+        elif len(names) == len(factors) and not set(names) & set(self.attributes):
+            parts = self.space.regroup([dim], sizes)
+        else:
+            return
+        for (name, _), part in zip(factors, parts, strict=True):
+            self._is(name, part)
 
     def _new(self, value: Any) -> Dims:
         return [self.space.new(int(size)) for size in value.shape] if isinstance(value, torch.Tensor) else []
@@ -116,6 +142,12 @@ class Walk:
                 self.freeze(
                     [self._known[used] for used in node.all_input_nodes], "it is an output of the model"
                 )
+        for factors, dim in self._products:
+            self._multiplied(factors, dim)
+        own = set(self._atoms(self.tensors.values()))
+        for name, place, held in self._untold:
+            if own & set(self._atoms([((atom,),) for atom in held])):
+                self.unknown.setdefault(name, place)
 
     def _named(self) -> tuple[Mapping[str, str], Mapping[str, Any]]:
         """Names of parameters and buffers by those of their nodes, and all tensors that the program holds by their names."""
@@ -144,12 +176,15 @@ class Walk:
         found = self._tried(rule, node) if rule else None
         if found is not None:
             return found
-        if node.all_input_nodes and node.meta.get("val") is not None:
-            self.unknown.setdefault(name, where(node))
-        fresh = self.fresh(node)
-        for dims in (fresh, *(self._known.get(used, []) for used in node.all_input_nodes)):
-            self.freeze(dims, f"{name} has no rule")
+        fresh, given = self.fresh(node), [self._known.get(used, []) for used in node.all_input_nodes]
+        self._untold.append((name, where(node), {a for a in self._atoms(given) if not self.space.frozen(a)}))
+        self.freeze([fresh, *given], f"{name} has no rule")
         return fresh
+
+    def _atoms(self, dims: Any) -> Iterator[int]:
+        """The atoms of dimensions, of lists of them or lists of lists."""
+        for dim in dims:
+            yield from self._atoms(dim) if isinstance(dim, list) else self.space.atoms(dim)
 
     def _tried(self, rule: Rule, node: Node) -> Any:
         """What a rule says, if that has the sizes of what the node gives."""

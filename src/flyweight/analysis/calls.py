@@ -35,7 +35,7 @@ _PRODUCTS: Mapping[Callable[..., Any], str] = dict.fromkeys(
 )
 """Further ones that consume a model's own parameters."""
 _attention = F.multi_head_attention_forward
-_ATTENTION = types.FunctionType(
+ATTENTION = types.FunctionType(
     _attention.__code__, {**vars(F), "has_torch_function": lambda _: False}, argdefs=_attention.__defaults__
 )
 """PyTorch's attention, which hands itself to whoever watches instead of showing what it does."""
@@ -144,7 +144,7 @@ class Watch(Functions):
         """Run the function as it is, or step by step, and report what it used."""
         if func is _attention:
             with self:
-                return _ATTENTION(*args, **kwargs)
+                return ATTENTION(*args, **kwargs)
         if (func in _recurrent.LAYERS or func in _recurrent.CELLS) and not kwargs:
             with self:
                 return _recurrent.unrolled(func, args)

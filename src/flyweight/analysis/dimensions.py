@@ -78,7 +78,7 @@ class Dimensions:
         if self.size(one) != self.size(two):
             raise ValueError(f"dimensions of {self.size(one)} and {self.size(two)} indices are not one")
         left, right = list(self._opened(one)), list(self._opened(two))
-        while left and right:
+        while left and right and self.size(one):
             first, second = left.pop(0), right.pop(0)
             least = min(self._width(first), self._width(second))
             pair = [self._cut(segment, least) for segment in (first, second)]
@@ -119,6 +119,11 @@ class Dimensions:
                     some.append(wanted.pop(0))
             found += self._viewed(these, some)
         return found
+
+    def factors(self, dim: Dim) -> list[Dim]:
+        """A dimension as the product that it is seen as, the last the fastest: itself where it is none."""
+        opened = tuple(self._opened(dim))
+        return [((atom,),) for atom in self._spread(opened[0])] if len(opened) == 1 else [dim]
 
     def _viewed(self, dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
         """Some dimensions whose product is that of the sizes, as those sizes."""
@@ -197,12 +202,12 @@ class Dimensions:
             others.insert(0, parts[1])
 
     def _spread(self, segment: Segment) -> Iterator[int]:
-        """The atoms of a product, those that are products themselves by their own."""
+        """The atoms of a product, those that are products themselves by their own; one of one index is no factor."""
         for atom in map(self._root, segment):
             made = self._made_of.get(atom, ())
             if len(made) == 1:
                 yield from self._spread(made[0])
-            else:
+            elif self._sizes[atom] != 1:
                 yield atom
 
     def _join(self, one: int, two: int) -> None:

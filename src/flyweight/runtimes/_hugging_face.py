@@ -6,7 +6,6 @@ program, and is left out.
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import tempfile
@@ -24,6 +23,7 @@ from flyweight.inputs.language_model import quiet, tokenizer
 from flyweight.records import JSON
 from flyweight.runtimes import _compressed_tensors as form
 from flyweight.runtimes._files import BESIDE, CONFIG, MODEL
+from flyweight.runtimes._hugging_face_widths import fitted
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
 
@@ -86,8 +86,10 @@ def write(model: nn.Module, where: Path) -> tuple[Path, ...]:
     _, inner = hosted(model)
     layers = quantized(inner)
     schemes = _schemes(layers)
-    documents = {CONFIG: _config(inner, schemes), **_generation(inner), **_tokenizer(model, inner)}
     weights = dict(_floats(inner, layers))
+    decoded = {f"{path}.weight": layer.weight.as_subclass(torch.Tensor) for path, layer in layers.items()}
+    config = _config(inner, fitted(inner, {**weights, **decoded}), schemes)
+    documents = {CONFIG: config, **_generation(inner), **_tokenizer(model, inner)}
     for path, layer in layers.items():
         integers, grid = layer.encoded()
         weights |= form.packed(path, integers, grid, layer.shape, layer.dtype, schemes[path].form)
@@ -199,10 +201,9 @@ def _floats(inner: nn.Module, layers: Mapping[str, QuantizedLayer]) -> Iterator[
             yield _outer_name(key, layers), tensor
 
 
-def _config(inner: nn.Module, schemes: Mapping[str, form.Scheme]) -> dict[str, JSON]:
-    """config.json: the model's own, and how its layers are quantized."""
+def _config(inner: nn.Module, config: Any, schemes: Mapping[str, form.Scheme]) -> dict[str, JSON]:
+    """config.json: one that says the widths of the layers, and how they are quantized."""
     host: Any = inner
-    config = copy.deepcopy(host.config)
     config.architectures, config.dtype = [type(inner).__name__], host.dtype
     if any(len(layer.sharing) > 1 for layer in quantized(inner).values()):
         config.tie_word_embeddings = False  # transformers ties weights before it decodes them

@@ -22,6 +22,7 @@ from flyweight.analysis.coupling import Coupling, Group, Place
 from flyweight.errors import FlyweightError, ModelError, UsageError, foreign
 from flyweight.inputs.check import arguments, call
 from flyweight.records import Batch
+from flyweight.transforms._narrow_attention import narrow
 
 Kept: TypeAlias = Mapping[str, Sequence[int]]
 """The units that stay, by the group's name; groups that are not named keep all."""
@@ -71,6 +72,7 @@ def removed(
             _assign(found, name, int(mask.sum()))
     for module in found.modules():
         _widths(module)
+    narrow(found)
     return found
 
 
