@@ -36,7 +36,7 @@ def main() -> int:
     """Write or check every page; returns the exit code."""
     found = _load("contract")
     blocks = {"tree": tree()} | ({"contract": contract(found), "peers": peers(found)} if found else {})
-    blocks |= _weight_codes() | _choices() | _llamacpp() | _removal() | _coverage()
+    blocks |= _weight_codes() | _choices() | _llamacpp() | _removal() | _coverage() | _depth()
     stale = []
     for name in PAGES:
         path = ROOT / name
@@ -96,6 +96,14 @@ def _coverage() -> dict[str, str]:
 
     found = _load("coverage")
     return {"coverage": coverage.table(found)} if found else {}
+
+
+def _depth() -> dict[str, str]:
+    """The table of benchmarks/depth.py, if anything was measured."""
+    from benchmarks import depth  # it reads the functions of this module
+
+    found = _load("depth")
+    return {"depth": depth.table(found)} if found else {}
 
 
 def _between(page: str, key: str, text: str) -> str:

@@ -8,18 +8,20 @@ all its steps, by site, and what is known of the changed model; its errors say a
 A method that goes on once layers are changed has `pieces(model, examples)`, the examples that it wants to see;
 `settle(place, changes, options by site)`, the new modules of a block in view of what leaves it; and
 `finish(original, model, options by site, context)`, new modules by path in view of the whole changed model, or none.
-A method of STRUCTURE has sites of its own, which are no layers, and `cut(model, options by site, context)`, a new
-model; `complete(model, options by site, context)` writes down what it decides by looking at examples.
+A method of STRUCTURE has sites of its own, and `cut(model, options by site, context)`, a new model; `complete(model,
+options by site, context)` writes down what it decides by looking at examples, and may add sites; `proposals(model,
+examples)` gives steps worth trying; `left(known, site, options)` says which layers are sites afterwards, if others.
 `closeness(options)` says how far outputs may move; a method without it is exact.
 Copying, ordering, checking and refusing are done here, once for all methods.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -31,7 +33,7 @@ from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.analysis.sites import analyse, kind_of
 from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
-from flyweight.records import Plan, Site, Step
+from flyweight.records import JSON, Plan, Site, Step
 from flyweight.transforms import _options, _sequential
 from flyweight.transforms._contract import Context as Context
 from flyweight.transforms._copies import substitute as substitute
@@ -40,8 +42,8 @@ from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
-STRUCTURE = ("prune", "heal")
-"""Methods that change structure, and what heals it, in order; before all others."""
+STRUCTURE = ("drop", "activation", "share", "prune", "heal")
+"""Methods that change depth, functions, whose weights layers have, and widths, and what heals that, in order, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed."""
@@ -54,13 +56,14 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
 
     Raises UsageError for an unknown method, site or option, two steps of one stage at one site, or a refused step.
     """
-    known: Mapping[str, Site] = {site.name: site for site in sites}
+    known = _left(plan, sites)
     original = model
     last = functools.reduce(_after, _stages(plan), known)
     finishing = _finishing(plan, last) if len(context.examples) and not context.rebuilding else []
     for method, _ in finishing:
         context = dataclasses.replace(context, examples=method.pieces(model, context.examples))
-    model, context = _cut(model, plan, context)
+    plan, model, context = _structured(model, plan, context, last=True)
+    known = _left(plan, sites)
     for stage in _stages(plan) or [[]]:  # no step at all still gives a copy
         changes, context = _staged(model, stage, known, context)
         model = substitute(model, changes)
@@ -72,24 +75,13 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
 
 
 def complete(model: nn.Module, plan: Plan, context: Context) -> Plan:
-    """The plan with what its structural steps decide by looking at examples written into them."""
-    done = {
-        (name, site): _options.plain(options)
-        for name, chosen in _structural(plan).items()
-        for site, options in discover.method("transforms", name).complete(model, chosen, context).items()
-    }
-    return Plan(
-        tuple(
-            dataclasses.replace(step, options=done.get((step.method, step.site), step.options))
-            for step in plan.steps
-        )
-    )
+    """The plan with what its structural steps decide by looking at examples written into them, or added as steps."""
+    return _structured(model, plan, context, last=False)[0]
 
 
 def check(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:
     """Raise UsageError, as `apply` would, for an unknown method, site or option; nothing is computed."""
-    known: Mapping[str, Site] = {site.name: site for site in sites}
-    _structural(plan)
+    known = _left(plan, sites)
     for stage in _stages(plan):
         for index, step in stage:
             _site(step, f"steps[{index}]", known)
@@ -112,7 +104,7 @@ def _after(known: Mapping[str, Site], stage: Sequence[tuple[int, Step]]) -> Mapp
 
 
 def _structural(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
-    """The options of the methods of STRUCTURE by their sites."""
+    """The options of the methods of STRUCTURE by their sites, the methods in order."""
     found: dict[str, dict[str, Any]] = {}
     for index, step in enumerate(plan.steps):
         if step.method in STRUCTURE:
@@ -121,27 +113,57 @@ def _structural(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
             )
             if found.setdefault(step.method, {}).setdefault(step.site, options) is not options:
                 raise _double(step, index)
-    return found
+    return {name: found[name] for name in STRUCTURE if name in found}
 
 
-def _cut(model: nn.Module, plan: Plan, context: Context) -> tuple[nn.Module, Context]:
-    """The model after the steps of STRUCTURE, and what is known of it."""
-    context = dataclasses.replace(context, original=model)
-    chosen_by = _structural(plan)
-    for name in sorted(chosen_by, key=STRUCTURE.index):
-        chosen = chosen_by[name]
-        places = {step.site: f"steps[{index}]" for index, step in enumerate(plan.steps)}
-        try:
-            model = discover.method("transforms", name).cut(model, chosen, context)
-        except UsageError as error:
-            rule, where = f"{name} does not fit {error.where}: {error.rule}", places.get(error.where, "")
-            raise UsageError(rule, got=error.got, where=where, way_out=error.way_out) from None
-        context = _anew(model, context) if _stages(plan) else context
-    return model, context
+def _left(plan: Plan, sites: Sequence[Site]) -> Mapping[str, Site]:
+    """The layers that are sites behind the structural steps, by name."""
+    known: Mapping[str, Site] = {site.name: site for site in sites}
+    for name, chosen in _structural(plan).items():
+        method = discover.method("transforms", name)
+        for site, options in chosen.items() if hasattr(method, "left") else ():
+            known = method.left(known, site, options)
+    return known
+
+
+def _structured(
+    model: nn.Module, plan: Plan, context: Context, *, last: bool
+) -> tuple[Plan, nn.Module, Context]:
+    """The completed plan, the model after the steps of STRUCTURE, and what is known of it.
+
+    last: the last of these methods is not only completed, but applied.
+    """
+    done: dict[tuple[str, str], Mapping[str, JSON]] = {}
+    structural, context = _structural(plan), dataclasses.replace(context, original=model)
+    for index, (name, chosen) in enumerate(structural.items(), 1):
+        method, others = discover.method("transforms", name), index < len(structural)
+        with _placed(plan, name):
+            found = chosen if context.rebuilding else method.complete(model, chosen, context)
+            model = method.cut(model, found, context) if last or others else model
+        done |= {(name, site): _options.plain(options) for site, options in found.items()}
+        if others or (last and _stages(plan)):
+            context = _anew(model, context)
+    steps = [
+        dataclasses.replace(step, options=done.pop((step.method, step.site), step.options))
+        for step in plan.steps
+    ]
+    added = [Step(name, site, options) for (name, site), options in done.items()]
+    return Plan((*steps, *added)), model, context
+
+
+@contextlib.contextmanager
+def _placed(plan: Plan, name: str) -> Iterator[None]:
+    """Have refusals of a structural method name it, its site, and the place in the plan."""
+    places = {step.site: f"steps[{index}]" for index, step in enumerate(plan.steps)}
+    try:
+        yield
+    except UsageError as error:
+        rule, where = f"{name} does not fit {error.where}: {error.rule}", places.get(error.where, "")
+        raise UsageError(rule, got=error.got, where=where, way_out=error.way_out) from None
 
 
 def _anew(model: nn.Module, context: Context) -> Context:
-    """What is known of a model whose widths have changed."""
+    """What is known of a model whose structure has changed."""
     if context.rebuilding or not len(context.examples):
         return dataclasses.replace(Context(), rebuilding=context.rebuilding, say=context.say)
     found = analyse(model, context.examples)

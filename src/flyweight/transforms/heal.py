@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from flyweight.analysis.answers import Answer, answer, output_of, vocabularies_o
 from flyweight.analysis.blocks import blocks, heard
 from flyweight.codes._options import require
 from flyweight.errors import UsageError
-from flyweight.records import Batch, Site
+from flyweight.records import Batch, Plan, Site, Step
 from flyweight.transforms._contract import Context
 from flyweight.transforms._copies import view
 from flyweight.transforms._teaching import Pace, apart, error_of_rows, learn, mean, parted, pieces
@@ -68,6 +68,11 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
 def closeness(options: Options) -> float:
     """How far outputs may move: as far as what it heals has moved them."""
     return math.inf
+
+
+def proposals(model: nn.Module, examples: Sequence[Batch]) -> Iterator[Plan]:
+    """One plan: the model as a whole."""
+    yield Plan((Step("heal", SITE),))
 
 
 def complete(model: nn.Module, options: Mapping[str, Options], context: Context) -> Mapping[str, Options]:
