@@ -146,7 +146,7 @@ def heard(model: nn.Module, paths: Collection[str]) -> Iterator[Mapping[str, tor
         if first is not None:
             found[path] = first
 
-    with _hooked(model, paths, _ignore, end):
+    with hooked(model, paths, _ignore, end):
         yield found
 
 

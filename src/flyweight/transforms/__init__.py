@@ -43,7 +43,7 @@ from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
 STRUCTURE = ("drop", "activation", "share", "prune", "heal")
-"""Methods that change depth, functions, whose weights layers have, and widths, and what heals that, in order, before all others."""
+"""Methods that change depth, functions, whose weights layers have, and widths, and heal that; in order, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed."""
