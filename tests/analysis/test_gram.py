@@ -302,3 +302,14 @@ def test_both_share_where_both_models_read_one_tensor() -> None:
     own, cross = both(model, copy.deepcopy(model), ["a", "b"], given)
     assert own["a"] is own["b"]
     assert cross["a"] is cross["b"]
+
+
+def test_moments_leave_out_lines_of_large_pictures() -> None:
+    """Against the plain products of every fourth line of outputs, from the third on."""
+    model, picture = nn.Sequential(nn.Conv2d(2, 3, 1)), examples(1, 2, 32, 16, count=1)
+    found = gram.moments(model, model, ["0"], picture)["0"]
+    rows = picture[0][:, :, 2::4].permute(0, 2, 3, 1).reshape(-1, 2).double()
+    assert found.rows == len(rows) == 8 * 16
+    assert torch.allclose(found.gram[0], rows.T @ rows / len(rows), rtol=1e-5)
+    assert torch.allclose(found.mean[0], rows.mean(0), rtol=1e-5)
+    assert torch.equal(found.gram, found.cross)

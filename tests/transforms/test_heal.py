@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -68,13 +69,21 @@ def test_a_healed_model_is_nearer_on_inputs_not_seen() -> None:
     assert far(model, healed, others) < 0.9 * far(model, small, others)
 
 
-def test_what_is_never_better_on_the_examples_kept_apart_stays() -> None:
-    """Steps as large as the weights themselves make everything worse."""
+def test_what_is_never_better_on_the_examples_kept_apart_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data, said = blocks(), numbers(), list[str]()
     small = applied(model, data, *pruned(0.25))
-    healed = applied(model, data, *pruned(0.25), Step("heal", "model", {"rate": 0.99}), say=said.append)
+    errors = itertools.count(1.0)
+    monkeypatch.setattr(heal, "mean", lambda loss, kept: next(errors))
+    healed = applied(model, data, *pruned(0.25), Step("heal", "model", {"passes": 1.0}), say=said.append)
     assert all(torch.equal(a, b) for a, b in zip(small.parameters(), healed.parameters(), strict=True))
     assert "did no better" in said[0]
+
+
+def test_steps_that_are_far_too_large_are_made_smaller() -> None:
+    model, data = blocks(), numbers()
+    small = applied(model, data, *pruned())
+    healed = applied(model, data, *pruned(), Step("heal", "model", {"rate": 0.9}))
+    assert far(model, healed, data) < 0.95 * far(model, small, data)
 
 
 def test_the_same_seed_gives_the_same_model_and_the_given_ones_stay() -> None:

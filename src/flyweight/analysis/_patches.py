@@ -18,13 +18,16 @@ _ROOM = 32 << 20
 """Bytes of patches that are laid out at once."""
 
 
-def input_rows(call: Call) -> Iterator[torch.Tensor]:
-    """Chunks (P, n, I) float32 of a call's inputs: all of a linear layer's at once, patches some MB each."""
+def input_rows(call: Call, every: int = 1) -> Iterator[torch.Tensor]:
+    """Chunks (P, n, I) float32 of a call's inputs: all of a linear layer's at once, patches some MB each.
+
+    every: of so many neighbouring lines of a convolution's outputs one is taken.
+    """
     if call.kind != "conv":
         yield call.input.detach().float().reshape(1, -1, call.input.shape[-1])
         return
     groups, dims = int(call.layout["groups"]), call.weight.ndim - 2
-    patches = _patches(call.input.detach(), tuple(call.weight.shape[2:]), call)
+    patches = _patches(call.input.detach(), tuple(call.weight.shape[2:]), call)[:, every // 2 :: every]
     samples, height = patches.shape[:2]
     line = 4 * math.prod(patches.shape[2:])  # bytes of one line of outputs
     high = min(max(1, _ROOM // max(line, 1)), max(height, 1))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 import weakref
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from flyweight.analysis._patches import input_rows, reading
+from flyweight.analysis._patches import input_rows, reading, row_count
 from flyweight.analysis.bare import layer_at
 from flyweight.analysis.calls import Call, Watch, unfused
 from flyweight.errors import DataError, ModelError, UsageError
 from flyweight.inputs.check import run_example
 from flyweight.records import Batch
+
+_ENOUGH = 64
+"""Rows of one call, over the inputs of one output, that tell enough of how these go together."""
+_LINES = 8
+"""Lines of a convolution's outputs that are taken at least."""
 
 
 @dataclass
@@ -88,8 +94,11 @@ def both(
 def moments(
     original: nn.Module, model: nn.Module, sites: Collection[str], examples: Sequence[Batch]
 ) -> Mapping[str, Moments]:
-    """What `both` gives, with the means, by the site's path; raises as that does."""
-    squares, crosses, leaders = _summed((original, model), sites, examples)
+    """What `both` gives, with the means, by the site's path; raises as that does.
+
+    Of convolutions with many more outputs than inputs of one, lines of outputs are left out.
+    """
+    squares, crosses, leaders = _summed((original, model), sites, examples, _ENOUGH)
     _means(squares), _means(crosses)  # which refuse what is not finite
     known = {path: _moments(own, crosses[path]) for path, own in squares.items() if own.rows}
     return {path: known[leader] for path, leader in leaders.items() if leader in known}
@@ -110,7 +119,7 @@ def _collected(
 
 
 def _summed(
-    models: tuple[nn.Module, ...], sites: Collection[str], examples: Sequence[Batch]
+    models: tuple[nn.Module, ...], sites: Collection[str], examples: Sequence[Batch], enough: int = 0
 ) -> tuple[dict[str, _Sum], dict[str, _Sum], dict[str, str]]:
     """Sums of `_streamed`, and of each site the one that leads it.
 
@@ -123,7 +132,7 @@ def _summed(
     apart: set[str] = set()
     while True:
         leaders = _leaders(reads, sites, apart)
-        squares, crosses, differing = _streamed(watched, examples, leaders)
+        squares, crosses, differing = _streamed(watched, examples, leaders, enough)
         if not differing:
             return squares, crosses, leaders
         apart |= differing
@@ -138,8 +147,12 @@ def _streamed(
     watched: Sequence[tuple[nn.Module, Mapping[int, str]]],
     examples: Sequence[Batch],
     leaders: Mapping[str, str],
+    enough: int,
 ) -> tuple[dict[str, _Sum], dict[str, _Sum], set[str]]:
-    """Sums of the sites that lead, in the last model and of both; and the sites that read other tensors than their leader."""
+    """Sums of the sites that lead, in the last model and of both; and the sites that read other tensors than their leader.
+
+    enough: rows of one call, over the inputs of one output, beyond which some are left out; 0: none are.
+    """
     squares: dict[str, _Sum] = {}
     crosses: dict[str, _Sum] = {}
     waiting: dict[str, list[Call]] = {}
@@ -152,13 +165,13 @@ def _streamed(
     def add(path: str, call: Call) -> None:
         if leaders[path] != path:
             return
-        _add(squares, path, call, call)
+        _add(squares, path, call, call, enough)
         if len(watched) > 1:
             partner = _partner(call, waiting.get(path, []))
             if partner is None:
                 odd.add(path)
             else:
-                _add(crosses, path, partner, call)
+                _add(crosses, path, partner, call, enough)
 
     for index in range(len(examples)):
         waiting.clear()
@@ -237,9 +250,10 @@ def _ignore(path: str, call: Call) -> None:
     """Have no use for a call."""
 
 
-def _add(sums: dict[str, _Sum], path: str, left: Call, right: Call) -> None:
+def _add(sums: dict[str, _Sum], path: str, left: Call, right: Call, enough: int) -> None:
     """Add the outer products of two calls' rows."""
-    for a, b in zip(input_rows(left), input_rows(right), strict=True):
+    every = _every(right, enough) if enough else 1
+    for a, b in zip(input_rows(left, every), input_rows(right, every), strict=True):
         if path not in sums:
             sums[path] = _Sum(a.new_zeros(len(a), a.shape[2], b.shape[2]), a.new_zeros(len(a), a.shape[2]))
         sums[path].rows += a.shape[1]
@@ -248,6 +262,14 @@ def _add(sums: dict[str, _Sum], path: str, left: Call, right: Call) -> None:
             sums[path].total[0].addmm_(a[0].T, b[0])
         else:
             sums[path].total.baddbmm_(a.mT, b)
+
+
+def _every(call: Call, enough: int) -> int:
+    """Of how many lines of a convolution's outputs one is enough."""
+    if call.kind != "conv":
+        return 1
+    spare = row_count(call) // (enough * max(math.prod(call.weight.shape[1:]), 1))
+    return max(1, min(spare, call.output.shape[2] // _LINES))
 
 
 def _means(sums: Mapping[str, _Sum]) -> dict[str, torch.Tensor]:

@@ -192,9 +192,10 @@ def _learn(
     levels = {id(owner.levels) for owner in numbers}
     moved = [one for owner in numbers for one in owner.moving()]
 
-    def hold() -> None:
+    def hold() -> float:
         for owner in numbers:
             owner.hold()
+        return 1.0
 
     learn([(one, _LEVELS if id(one) in levels else _OTHERS) for one in moved], loss, taught, pace, hold)
 
