@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import json
 import math
 import sys
 import time
@@ -24,7 +25,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._results import Row, write
+from benchmarks._results import FOLDER, Row, _commit, write
 from benchmarks._structure_peers import CRITERIA, RENORMED, pruned
 from flyweight import Task
 from flyweight.analysis import gram
@@ -52,13 +53,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--case", choices=sorted(CASES), help="this case alone")
+    parser.add_argument("--case", choices=sorted(CASES), help="this case alone, beside what is there")
     asked = parser.parse_args()
-    start, rows = time.time(), list[Row]()
+    start, cases = time.time(), [asked.case] if asked.case else list(CASES)
     warnings.simplefilter("ignore")
-    for case in [asked.case] if asked.case else CASES:
+    rows = [row for row in _before(quick=asked.quick) if row.case not in cases]
+    for case in cases:
         rows += measured(case, quick=asked.quick)
-    write("structure", rows, start, quick=asked.quick or bool(asked.case))
+    write("structure", rows, start, quick=asked.quick)
+
+
+def _before(*, quick: bool) -> list[Row]:
+    """The rows that earlier runs wrote."""
+    path = (FOLDER / "quick" if quick else FOLDER) / "structure.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [
+        Row(**{name: value for name, value in row.items() if name not in ("ratio", "met")}) for row in rows
+    ]
 
 
 def measured(case: str, *, quick: bool) -> list[Row]:
@@ -77,7 +88,8 @@ def measured(case: str, *, quick: bool) -> list[Row]:
             nearest(rough, model, examples[0], share),
             nearest(theirs["random"], model, examples[0], share),
         )
-        drops, notes = {"flyweight": compare(original, judge(task.score, caller(exact(own)), 0))}, {}
+        drops = {"flyweight": compare(original, judge(task.score, caller(exact(own)), 0))}
+        notes = {"flyweight": f"commit {_commit()}"}
         for name, method in theirs.items():
             try:
                 small = method(found)
@@ -145,7 +157,11 @@ def _row(case: str, share: float, drops: Mapping[str, Drop], notes: dict[str, st
         better="lower",
         ours=max(own.value, _LEAST),
         ours_interval=(own.value - own.half, own.value + own.half),
-        peers={name: max(drops[name].value, _LEAST) if name in drops else None for name in notes},
+        peers={
+            name: max(drops[name].value, _LEAST) if name in drops else None
+            for name in notes
+            if name != "flyweight"
+        },
         aim=AIM if share == SHARES[2] else None,
         notes=notes,
     )
@@ -160,8 +176,8 @@ def table(document: dict[str, Any]) -> str:
         drops = [row["ours"], *(row["peers"].get(name) for name in names)]
         cells = ["failed" if drop is None else f"{drop:.2%}" for drop in drops]
         lines.append(f"| {row['case']} | {row['metric'].split()[2]} | {' | '.join(cells)} |")
-    said = f"{document['date']}, commit {document['commit']}, by `python -m benchmarks.structure`"
-    return "\n".join(lines) + f"\n\nRelative drops of the task's score, without training. Measured {said}.\n"
+    said = f"by `python -m benchmarks.structure` with Torch-Pruning {document['versions']['torch-pruning']}"
+    return "\n".join(lines) + f"\n\nRelative drops of the task's score, without training, {said}.\n"
 
 
 if __name__ == "__main__":

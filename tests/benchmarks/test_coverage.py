@@ -62,5 +62,5 @@ def test_the_table_of_drops_says_what_failed() -> None:
         "ours": 0.01,
         "peers": {"l2": 0.04, "lamp": None},
     }
-    text = structure.table({"rows": [row], "date": "2026-01-01", "commit": "abc"})
+    text = structure.table({"rows": [row], "versions": {"torch-pruning": "1.6"}})
     assert "| a | 30% | 1.00% | 4.00% | failed |" in text
