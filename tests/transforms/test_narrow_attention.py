@@ -127,7 +127,7 @@ def test_it_is_quantized_and_goes_to_the_runtimes(runtime: str, tmp_path: Path) 
     torch.manual_seed(0)
     model, examples = Encoder().eval(), [torch.randn(n, 5, 16) for n in (2, 3, 4)]
     steps = [Step("prune", f"encoder.layers.{n}.self_attn:heads", OPTIONS) for n in range(2)]
-    weights = [f"encoder.layers.0.self_attn.{name}" for name in ("in_proj_weight", "out_proj")]
+    weights = [f"encoder.layers.0.self_attn.{name}" for name in ("in_proj_weight", "out_proj.weight")]
     coded = [Step("weight_only", name, {"code": "integer", "bits": 8}) for name in weights]
     sites, context = analyse(model, examples).sites, transforms.Context(examples=examples)
     pruned = transforms.apply(model, Plan(tuple(steps)), sites, context)

@@ -19,7 +19,7 @@ _ASKED = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights
 class NarrowAttention(nn.MultiheadAttention):
     """As nn.MultiheadAttention, but widths are those of the weights; queries are divided by what they were before."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:  # type: ignore[override]  # the same arguments, told apart below
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
         """What the base class gives: values (L, B, E), or by `batch_first` and rank, and weights (B, L, S) or None."""
         asked = dict(zip(_ASKED, rest, strict=False)) | named
         last = self.out_proj.weight
@@ -65,7 +65,8 @@ class NarrowAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        found: Tensor = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return found
 
     def _masks(self, asked: dict[str, Any], k: Tensor) -> list[Tensor]:
         """What is added to the scores (B, heads, L, S): of each mask that there is, at the inputs' places."""
@@ -100,9 +101,9 @@ def narrow(model: nn.Module) -> None:
 
 def _widths(attention: nn.MultiheadAttention, mixed: int) -> list[int]:
     """Of all heads' queries, keys and values, where those of the values are known."""
-    if attention.in_proj_weight is None:
-        return [len(attention.q_proj_weight), len(attention.k_proj_weight), mixed]
-    return [(len(attention.in_proj_weight) - mixed) // 2] * 2 + [mixed]
+    packed, apart = attention.in_proj_weight, (attention.q_proj_weight, attention.k_proj_weight)
+    asked = [(len(packed) - mixed) // 2] * 2 if packed is not None else [len(one) for one in apart]
+    return [*asked, mixed]
 
 
 def _is_as_made(attention: nn.MultiheadAttention) -> bool:
