@@ -12,9 +12,10 @@ SPECS := pyproject.toml constraints.txt
 PYTEST := OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n $(WORKERS)
 PEERS := hqq nncf onnxruntime openvino optimum-quanto torch torchao
 # Peers that need other versions than the rest, each in an environment of its own.
-APART := autoround llmcompressor
+APART := autoround llmcompressor structure
 PEER_autoround := auto-round torch
 PEER_llmcompressor := llmcompressor torch
+PEER_structure := --editable ".[examples]" torch-pruning
 
 .PHONY: demo test quick exhaustive lint peers clean check-python
 

@@ -81,7 +81,8 @@ MAKES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             "WhisperForConditionalGeneration",
             {
                 **_BART, "vocab_size": _VOCABULARY, "num_mel_bins": 10, "max_source_positions": 20,
-                "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
+                "max_target_positions": 20, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+                "decoder_start_token_id": 3,
                 "suppress_tokens": None, "begin_suppress_tokens": None,
             },
         ),

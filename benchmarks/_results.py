@@ -142,7 +142,7 @@ def _peer_versions() -> dict[str, str]:
     import importlib.metadata as metadata
 
     found = {}
-    for name in ("nncf", "torchao"):
+    for name in ("nncf", "torchao", "torch-pruning"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

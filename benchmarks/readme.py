@@ -91,11 +91,11 @@ def _llamacpp() -> dict[str, str]:
 
 
 def _coverage() -> dict[str, str]:
-    """The table of benchmarks/coverage.py, if anything was measured."""
-    from benchmarks import coverage
+    """The tables of benchmarks/coverage.py and structure.py, as far as they were measured."""
+    from benchmarks import coverage, structure
 
-    found = _load("coverage")
-    return {"coverage": coverage.table(found)} if found else {}
+    found = {"coverage": (coverage, _load("coverage")), "structure": (structure, _load("structure"))}
+    return {name: script.table(document) for name, (script, document) in found.items() if document}
 
 
 def _depth() -> dict[str, str]:

@@ -109,7 +109,8 @@ class Fused(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.one(x)
-        parts = y[:, self.wide : self.wide + self.times * self.narrow].view(-1, self.times, self.narrow)
+        end = sum((self.wide, self.times * self.narrow))
+        parts = y[:, self.wide : end].view(-1, self.times, self.narrow)
         return self.two(y[:, : self.wide]) + self.three(parts).sum(1)
 
 

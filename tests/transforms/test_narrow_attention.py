@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from flyweight import discover, transforms
 from flyweight.analysis.coupling import couple
+from flyweight.analysis.sites import analyse
+from flyweight.records import Plan, Step
 from flyweight.transforms._narrow_attention import NarrowAttention, narrow
 from flyweight.transforms._removal import proven, removed, silenced
 
+OPTIONS = {"ratio": 0.5, "importance": "magnitude", "compensate": False}
 WAYS = {
     "plain": {},
     "without biases": {"bias": False},
@@ -115,6 +120,23 @@ def test_an_encoder_loses_heads_and_goes_on_without_the_fused_calls() -> None:
     assert all(p.grad is not None for p in small.parameters())
     again = proven(small.eval(), couple(small, x), x)
     assert [group.units for group in again.groups if group.kind == "heads"] == [2, 2]
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_it_is_quantized_and_goes_to_the_runtimes(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, examples = Encoder().eval(), [torch.randn(n, 5, 16) for n in (2, 3, 4)]
+    steps = [Step("prune", f"encoder.layers.{n}.self_attn:heads", OPTIONS) for n in range(2)]
+    weights = [f"encoder.layers.0.self_attn.{name}" for name in ("in_proj_weight", "out_proj.weight")]
+    coded = [Step("weight_only", name, {"code": "integer", "bits": 8}) for name in weights]
+    sites, context = analyse(model, examples).sites, transforms.Context(examples=examples)
+    pruned = transforms.apply(model, Plan(tuple(steps)), sites, context)
+    small = transforms.apply(model, Plan((*steps, *coded)), sites, context)
+    predict = discover.method("runtimes", runtime).prepare(small, examples, tmp_path)
+    with torch.no_grad():
+        whole, found = pruned(examples[1]), small(examples[1])
+    assert 0 < float((found - whole).norm()) < 0.05 * float(whole.norm())
+    assert torch.allclose(torch.as_tensor(predict(examples[1])), found, atol=1e-4)
 
 
 def test_a_model_of_its_old_widths_keeps_its_class() -> None:

@@ -104,7 +104,9 @@ def _sum(one: int, two: int) -> Known:
 
 
 def _terms(number: int) -> Terms:
-    return number.terms if isinstance(number, Known) else ((("", int(number)),),)
+    if isinstance(number, Known):
+        return number.terms
+    return ((("", int(number)),),) if number else ()
 
 
 def _remember(held: dict[str, Any], before: str) -> None:

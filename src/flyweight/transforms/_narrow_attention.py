@@ -19,10 +19,11 @@ _ASKED = ("key_padding_mask", "need_weights", "attn_mask", "average_attn_weights
 class NarrowAttention(nn.MultiheadAttention):
     """As nn.MultiheadAttention, but widths are those of the weights; queries are divided by what they were before."""
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:  # type: ignore[override]  # the same arguments, told apart below
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any) -> Any:
         """What the base class gives: values (L, B, E), or by `batch_first` and rank, and weights (B, L, S) or None."""
         asked = dict(zip(_ASKED, rest, strict=False)) | named
-        q, k, v = map(self._heads, self._longer(*self._projected(query, key, value)))
+        last = self.out_proj.weight
+        q, k, v = map(self._heads, self._longer(*self._projected(query, key, value, last.shape[1])))
         masks = self._masks(asked, k)
         chance, scale = self.dropout * self.training, self.head_dim**-0.5
         weights = None
@@ -34,14 +35,14 @@ class NarrowAttention(nn.MultiheadAttention):
         else:
             mask = sum(masks[1:], masks[0]) if masks else None
             mixed = F.scaled_dot_product_attention(q, k, v, mask, chance, scale=scale)
-        found = F.linear(mixed.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+        found = F.linear(mixed.transpose(1, 2).flatten(2), last, self.out_proj.bias)
         found = found if self.batch_first else found.transpose(0, 1)
         return found if query.ndim == 3 else found.squeeze(0 if self.batch_first else 1), weights
 
-    def _projected(self, query: Tensor, key: Tensor, value: Tensor) -> Iterator[Tensor]:
-        """Queries, keys and values (B, places, heads * width)."""
+    def _projected(self, query: Tensor, key: Tensor, value: Tensor, mixed: int) -> Iterator[Tensor]:
+        """Queries, keys and values (B, places, heads * width), the values `mixed` wide."""
         packed, own = self.in_proj_weight, (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        widths = _widths(self)
+        widths = _widths(self, mixed)
         if packed is not None and query is key is value:
             parts = F.linear(query, packed, self.in_proj_bias).split(widths, -1)
         else:
@@ -64,7 +65,8 @@ class NarrowAttention(nn.MultiheadAttention):
         return q, k, v
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        found: Tensor = x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return found
 
     def _masks(self, asked: dict[str, Any], k: Tensor) -> list[Tensor]:
         """What is added to the scores (B, heads, L, S): of each mask that there is, at the inputs' places."""
@@ -97,17 +99,16 @@ def narrow(model: nn.Module) -> None:
             module.use_nested_tensor &= not any(isinstance(m, NarrowAttention) for m in module.modules())
 
 
-def _widths(attention: nn.MultiheadAttention) -> list[int]:
-    """Of all heads' queries, keys and values."""
-    values = attention.out_proj.weight.shape[1]
-    if attention.in_proj_weight is None:
-        return [len(attention.q_proj_weight), len(attention.k_proj_weight), values]
-    return [(len(attention.in_proj_weight) - values) // 2] * 2 + [values]
+def _widths(attention: nn.MultiheadAttention, mixed: int) -> list[int]:
+    """Of all heads' queries, keys and values, where those of the values are known."""
+    packed, apart = attention.in_proj_weight, (attention.q_proj_weight, attention.k_proj_weight)
+    asked = [(len(packed) - mixed) // 2] * 2 if packed is not None else [len(one) for one in apart]
+    return [*asked, mixed]
 
 
 def _is_as_made(attention: nn.MultiheadAttention) -> bool:
     """Whether the heads are as wide as the class believes."""
     packed, heads = attention.in_proj_weight, attention.num_heads * attention.head_dim
     queried = (attention.q_proj_weight if packed is None else packed).shape[1]
-    outer = {queried, len(attention.out_proj.weight), attention.embed_dim}
-    return outer == {heads} and _widths(attention) == [heads] * 3
+    given, mixed = attention.out_proj.weight.shape
+    return {queried, given, attention.embed_dim} == {heads} and _widths(attention, mixed) == [heads] * 3
