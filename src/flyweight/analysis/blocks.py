@@ -103,7 +103,7 @@ def entering(model: nn.Module, chain: Chain, examples: Sequence[Batch]) -> tuple
 def calls(model: nn.Module, paths: Collection[str], example: Batch) -> tuple[str, ...]:
     """Some modules in the order in which they begin in a pass of one example, each as often as it is called."""
     found: list[str] = []
-    with _hooked(model, paths, lambda path, given: found.append(path), _ignore):
+    with hooked(model, paths, lambda path, given: found.append(path), _ignore):
         run(model, example)
     return tuple(found)
 
@@ -145,7 +145,7 @@ def reach(block: nn.Module, arguments: Arguments, state: torch.Tensor, paths: Co
         if not waiting:
             raise _Stop
 
-    with _hooked(block, paths, _ignore, end), contextlib.suppress(_Stop):
+    with hooked(block, paths, _ignore, end), contextlib.suppress(_Stop):
         leaving(block, arguments, state)
 
 
@@ -166,7 +166,7 @@ def _runs(model: nn.Module, example: Batch) -> dict[str, _Run]:
     def end(path: str, output: Any) -> None:
         found[path].ended, found[path].gave = next(clock), _dated(_first(output))
 
-    with _hooked(model, list(found), begin, end):
+    with hooked(model, list(found), begin, end):
         run(model, example)
     return {path: one for path, one in found.items() if one.calls == 1}
 
@@ -202,7 +202,7 @@ def _repeats(model: nn.Module, chain: Chain, example: Batch) -> bool:
     def end(path: str, output: Any) -> None:
         ends.extend(last.clone() for last in [_first(output)] if last is not None)
 
-    with _hooked(model, chain.paths[-1:], _ignore, end):
+    with hooked(model, chain.paths[-1:], _ignore, end):
         run(model, example)
     if found is None:
         return False
@@ -235,13 +235,13 @@ def _entries(
     def end(path: str, output: Any) -> None:
         gave[0] = _dated(_first(output))
 
-    with _hooked(model, paths, begin, end), contextlib.suppress(_Stop):
+    with hooked(model, paths, begin, end), contextlib.suppress(_Stop):
         run(model, batch)
     return found if len(found) == len(paths) else None
 
 
 @contextlib.contextmanager
-def _hooked(
+def hooked(
     model: nn.Module,
     paths: Collection[str],
     begin: Callable[[str, Arguments], None],

@@ -17,6 +17,7 @@ from flyweight.runtimes import _gguf_super
 from flyweight.runtimes._gguf import unpack
 from flyweight.runtimes._gguf_model import causal, floats, layers, name_of, order
 from flyweight.runtimes._gguf_super import layout_of
+from flyweight.runtimes._shortened import renamed, shortened
 from flyweight.transforms import QuantizedLayer
 
 
@@ -28,7 +29,8 @@ def state(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
     try:
         inner = causal(model)
         prefix = next(path for path, module in model.named_modules() if module is inner)
-        found = _state(inner, stored)
+        short, names = shortened(inner)
+        found = renamed(_state(short, stored), names)
     except ModelError as error:
         raise another_model(str(error)) from None
     return {f"{prefix}.{key}" if prefix else key: tensor for key, tensor in found.items()}

@@ -24,6 +24,7 @@ from flyweight.inputs.language_model import quiet, tokenizer
 from flyweight.records import JSON
 from flyweight.runtimes import _compressed_tensors as form
 from flyweight.runtimes._files import BESIDE, CONFIG, MODEL
+from flyweight.runtimes._shortened import renamed, shortened
 from flyweight.runtimes._state import unique_state
 from flyweight.transforms import QuantizedLayer
 
@@ -83,7 +84,7 @@ def write(model: nn.Module, where: Path) -> tuple[Path, ...]:
     The tokenizer is the model's attribute `tokenizer`, or that of the folder which it was read from, if there is one. Raises
     ModelError, with the layer, for what the format cannot hold.
     """
-    _, inner = hosted(model)
+    inner, _ = shortened(hosted(model)[1])
     layers = quantized(inner)
     schemes = _schemes(layers)
     documents = {CONFIG: _config(inner, schemes), **_generation(inner), **_tokenizer(model, inner)}
@@ -159,7 +160,8 @@ def state(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
     Raises ArtifactError when the tensors belong to another model.
     """
     try:
-        place, inner = hosted(model)
+        place, whole = hosted(model)
+        inner, names = shortened(whole)
         layers = quantized(inner)
         kept = _schemes(layers)
     except ModelError as error:
@@ -168,7 +170,7 @@ def state(model: nn.Module, stored: Mapping[str, torch.Tensor]) -> dict[str, tor
     found = {_inner_name(key, layers): tensor for key, tensor in stored.items() if key not in taken}
     for path, layer in layers.items():
         found |= {f"{path}.{name}": tensor for name, tensor in _encoded(path, layer, stored).items()}
-    return {f"{place}.{key}" if place else key: tensor for key, tensor in found.items()}
+    return {f"{place}.{key}" if place else key: tensor for key, tensor in renamed(found, names).items()}
 
 
 def _schemes(layers: Mapping[str, QuantizedLayer]) -> dict[str, form.Scheme]:

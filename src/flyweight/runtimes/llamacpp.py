@@ -27,6 +27,7 @@ from flyweight.runtimes._export import names, tensors
 from flyweight.runtimes._files import GGUF, Predictor, is_compressed, match
 from flyweight.runtimes._gguf_model import causal, causals, save
 from flyweight.runtimes._graph import Run
+from flyweight.runtimes._shortened import shortened
 
 FILE = True
 """Whether it runs from a file alone, without the task's model class."""
@@ -110,7 +111,7 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
         )  # fmt: skip
     inner = causal(model)
     template = _template(model, inner, examples[0])
-    save(inner, where / GGUF, getattr(model, "tokenizer", None))
+    save(shortened(inner)[0], where / GGUF, getattr(model, "tokenizer", None))
     given = zip(names(examples[0]), tensors(examples[0]), strict=True)
     inputs = tuple((name, str(t.dtype).removeprefix("torch."), (None, None)) for name, t in given)
     predict = open_file(where, {})

@@ -25,6 +25,7 @@ from flyweight.runtimes import ROUNDING, _hugging_face, _structure, lacking, met
 from flyweight.runtimes._export import names, tensors
 from flyweight.runtimes._files import Predictor, match
 from flyweight.runtimes._graph import Run
+from flyweight.runtimes._shortened import shortened
 
 FILE = True
 """Whether it runs from a file alone, without the task's model class."""
@@ -60,6 +61,7 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
     model or when the format cannot hold it.
     """
     _, inner = _hugging_face.hosted(model)
+    short, _ = shortened(inner)
     opened_by, batch = _hugging_face.opener(inner), examples[0]
     arguments = _arguments(inner, batch)
     outputs, template = _outputs(model, inner, batch, arguments)
@@ -77,7 +79,9 @@ def prepare(model: nn.Module, examples: Sequence[Batch], where: Path) -> Predict
             template, iter(_run(loaded, dict(zip(arguments, values, strict=True)), outputs))
         )
 
-    _hugging_face.check_same(inner, loaded)
+    _hugging_face.check_same(short, loaded)
+    if short is not inner:
+        _check_renumbered(call(batch), template)
     return Predictor(
         runtime="transformers",
         call=call,
@@ -111,6 +115,16 @@ def open_file(folder: Path, session: Mapping[str, str]) -> Run:
         return [_array(tensor) for tensor in _run(loaded, values, outputs)]
 
     return call
+
+
+def _check_renumbered(found: Any, wanted: Any) -> None:
+    """Raise ModelError where a layer computes otherwise under its new number."""
+    if not all(map(_same, _structure.leaves(wanted), _structure.leaves(found))):
+        raise ModelError(
+            "layers must compute the same once they are numbered anew",
+            got="another output",
+            way_out="choose another runtime",
+        )
 
 
 def _run(loaded: nn.Module, values: Mapping[str, torch.Tensor], outputs: Sequence[str]) -> list[torch.Tensor]:

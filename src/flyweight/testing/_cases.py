@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from flyweight.records import Batch, Plan, Step
 from flyweight.runtimes import _structure
 from flyweight.testing.zoo import Zoo, missing
 from flyweight.transforms import Context, _options
+
+_PROPOSED = 2
+"""Plans of a structural method that are checked on each model."""
 
 
 class NotApplicable(Exception):
@@ -131,10 +135,10 @@ def plans_of(method: str, model: nn.Module, analysis: Analysis, examples: Sequen
 
 
 def _structural(method: str, model: nn.Module, examples: Sequence[Batch]) -> list[Plan]:
-    """A quarter of every group that can be removed, if there is one."""
-    coupling = discover.method("transforms", method).groups(model, examples[0])
-    steps = [Step(method, group.name, {"importance": "magnitude"}) for group in coupling.groups]
-    return [transforms.complete(model, Plan(tuple(steps)), Context(examples=examples))] if steps else []
+    """A few of the plans that a structural method proposes, with what it decides."""
+    proposed = discover.method("transforms", method).proposals(model, examples)
+    context = Context(examples=examples)
+    return [transforms.complete(model, plan, context) for plan in itertools.islice(proposed, _PROPOSED)]
 
 
 def same_form(wanted: Any, found: Any) -> None:

@@ -8,8 +8,9 @@ all its steps, by site, and what is known of the changed model; its errors say a
 A method that goes on once layers are changed has `pieces(model, examples)`, the examples that it wants to see;
 `settle(place, changes, options by site)`, the new modules of a block in view of what leaves it; and
 `finish(original, model, options by site, context)`, new modules by path in view of the whole changed model, or none.
-A method of STRUCTURE has sites of its own, which are no layers, and `cut(model, options by site, context)`, a new
-model; `complete(model, options by site, context)` writes down what it decides by looking at examples.
+A method of STRUCTURE has sites of its own, and `cut(model, options by site, context)`, a new model; `complete(model,
+options by site, context)` writes down what it decides by looking at examples, and may add sites; `proposals(model,
+examples)` gives steps worth trying; `left(known, site, options)` says which layers are sites afterwards, if others.
 `closeness(options)` says how far outputs may move; a method without it is exact.
 Copying, ordering, checking and refusing are done here, once for all methods.
 """
@@ -31,7 +32,7 @@ from flyweight.analysis.bare import is_bare, layer_at
 from flyweight.analysis.sites import analyse, kind_of
 from flyweight.analysis.sites import plain_site as plain_site
 from flyweight.errors import UsageError
-from flyweight.records import Plan, Site, Step
+from flyweight.records import JSON, Plan, Site, Step
 from flyweight.transforms import _options, _sequential
 from flyweight.transforms._contract import Context as Context
 from flyweight.transforms._copies import substitute as substitute
@@ -40,8 +41,8 @@ from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
-STRUCTURE = ("prune",)
-"""Methods that change widths, before all others."""
+STRUCTURE = ("drop", "prune")
+"""Methods that change depth and widths, in order, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed."""
@@ -54,7 +55,7 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
 
     Raises UsageError for an unknown method, site or option, two steps of one stage at one site, or a refused step.
     """
-    known: Mapping[str, Site] = {site.name: site for site in sites}
+    known = _left(plan, sites)
     original = model
     last = functools.reduce(_after, _stages(plan), known)
     finishing = _finishing(plan, last) if len(context.examples) and not context.rebuilding else []
@@ -72,24 +73,26 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
 
 
 def complete(model: nn.Module, plan: Plan, context: Context) -> Plan:
-    """The plan with what its structural steps decide by looking at examples written into them."""
-    done = {
-        (name, site): _options.plain(options)
-        for name, chosen in _structural(plan).items()
-        for site, options in discover.method("transforms", name).complete(model, chosen, context).items()
-    }
-    return Plan(
-        tuple(
-            dataclasses.replace(step, options=done.get((step.method, step.site), step.options))
-            for step in plan.steps
-        )
-    )
+    """The plan with what its structural steps decide by looking at examples written into them, or added as steps."""
+    done: dict[tuple[str, str], Mapping[str, JSON]] = {}
+    structural = _structural(plan)
+    for index, (name, chosen) in enumerate(structural.items()):
+        method = discover.method("transforms", name)
+        found = method.complete(model, chosen, context)
+        done |= {(name, site): _options.plain(options) for site, options in found.items()}
+        if index + 1 < len(structural):
+            model = method.cut(model, found, context)
+            context = _anew(model, context)
+    steps = [
+        dataclasses.replace(step, options=done.pop((step.method, step.site), step.options))
+        for step in plan.steps
+    ]
+    return Plan((*steps, *(Step(name, site, options) for (name, site), options in done.items())))
 
 
 def check(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:
     """Raise UsageError, as `apply` would, for an unknown method, site or option; nothing is computed."""
-    known: Mapping[str, Site] = {site.name: site for site in sites}
-    _structural(plan)
+    known = _left(plan, sites)
     for stage in _stages(plan):
         for index, step in stage:
             _site(step, f"steps[{index}]", known)
@@ -112,7 +115,7 @@ def _after(known: Mapping[str, Site], stage: Sequence[tuple[int, Step]]) -> Mapp
 
 
 def _structural(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
-    """The options of the methods of STRUCTURE by their sites."""
+    """The options of the methods of STRUCTURE by their sites, the methods in order."""
     found: dict[str, dict[str, Any]] = {}
     for index, step in enumerate(plan.steps):
         if step.method in STRUCTURE:
@@ -121,24 +124,35 @@ def _structural(plan: Plan) -> Mapping[str, Mapping[str, Any]]:
             )
             if found.setdefault(step.method, {}).setdefault(step.site, options) is not options:
                 raise _double(step, index)
-    return found
+    return {name: found[name] for name in STRUCTURE if name in found}
+
+
+def _left(plan: Plan, sites: Sequence[Site]) -> Mapping[str, Site]:
+    """The layers that are sites behind the structural steps, by name."""
+    known: Mapping[str, Site] = {site.name: site for site in sites}
+    for name, chosen in _structural(plan).items():
+        left = getattr(discover.method("transforms", name), "left", None)
+        for site, options in chosen.items() if left else ():
+            known = left(known, site, options)
+    return known
 
 
 def _cut(model: nn.Module, plan: Plan, context: Context) -> tuple[nn.Module, Context]:
     """The model after the steps of STRUCTURE, and what is known of it."""
-    for name, chosen in _structural(plan).items():
-        places = {step.site: f"steps[{index}]" for index, step in enumerate(plan.steps)}
+    structural = _structural(plan)
+    for index, (name, chosen) in enumerate(structural.items(), 1):
+        places = {step.site: f"steps[{at}]" for at, step in enumerate(plan.steps)}
         try:
             model = discover.method("transforms", name).cut(model, chosen, context)
         except UsageError as error:
             rule, where = f"{name} does not fit {error.where}: {error.rule}", places.get(error.where, "")
             raise UsageError(rule, got=error.got, where=where, way_out=error.way_out) from None
-        context = _anew(model, context) if _stages(plan) else context
+        context = _anew(model, context) if _stages(plan) or index < len(structural) else context
     return model, context
 
 
 def _anew(model: nn.Module, context: Context) -> Context:
-    """What is known of a model whose widths have changed."""
+    """What is known of a model whose structure has changed."""
     if context.rebuilding or not len(context.examples):
         return dataclasses.replace(Context(), rebuilding=context.rebuilding, say=context.say)
     found = analyse(model, context.examples)

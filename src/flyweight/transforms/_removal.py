@@ -87,7 +87,7 @@ def proven(model: nn.Module, coupling: Coupling, batch: Batch) -> Coupling:
     About a quarter of each group's units is taken out: first of one group of each kind by itself, then of all at once. Models
     of half precision are proven in float32.
     """
-    model, batch = _wide(model, batch)
+    model, (batch,) = widened(model, [batch])
     reasons: dict[str, str] = {}
 
     def fits(together: Sequence[Group], told: Sequence[Group]) -> bool:
@@ -145,18 +145,19 @@ def _most(group: Group) -> Sequence[int]:
     return [unit for unit in range(group.units) if unit not in gone]
 
 
-def _wide(model: nn.Module, batch: Batch) -> tuple[nn.Module, Batch]:
+def widened(model: nn.Module, batches: Sequence[Batch]) -> tuple[nn.Module, list[Batch]]:
     """A model and its inputs in float32, where they have less."""
     half = (torch.float16, torch.bfloat16)
     if not any(tensor.dtype in half for _, tensor in _tensors(model)):
-        return model, batch
+        return model, list(batches)
 
     def wide(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.float() if tensor.dtype in half else tensor
 
-    args, kwargs = arguments(batch)
-    named = {name: wide(tensor) for name, tensor in kwargs.items()}
-    return copy.deepcopy(model).float(), named or tuple(map(wide, args))
+    found: list[Batch] = []
+    for args, kwargs in map(arguments, batches):
+        found.append({name: wide(tensor) for name, tensor in kwargs.items()} or tuple(map(wide, args)))
+    return copy.deepcopy(model).float(), found
 
 
 def _answer(model: nn.Module, batch: Batch) -> Sequence[torch.Tensor]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from flyweight.analysis import importance
 from flyweight.analysis.coupling import Coupling, Group, couple, group_from_json
 from flyweight.codes._options import require, require_one_of
 from flyweight.errors import UsageError
-from flyweight.records import JSON, Batch, Site, plain
+from flyweight.records import JSON, Batch, Plan, Site, Step, plain
 from flyweight.transforms import _options, _removal
 from flyweight.transforms._compensation import compensated
 from flyweight.transforms._contract import Context
@@ -90,6 +90,14 @@ def closeness(options: Options) -> float:
 def groups(model: nn.Module, batch: Batch) -> Coupling:
     """The groups of a model whose removal was proven on a batch, and why other dimensions keep their size."""
     return _removal.proven(model, couple(model, batch), batch)
+
+
+def proposals(model: nn.Module, examples: Sequence[Batch]) -> Iterator[Plan]:
+    """One plan: a quarter of each group that can be removed, told by magnitude, if there is any."""
+    steps = [
+        Step("prune", one.name, {"importance": "magnitude"}) for one in groups(model, examples[0]).groups
+    ]
+    yield from [Plan(tuple(steps))] if steps else []
 
 
 def complete(model: nn.Module, options: Mapping[str, Options], context: Context) -> Mapping[str, Options]:
