@@ -109,7 +109,7 @@ def test_a_layer_before_takes_over_by_least_squares(model, examples) -> None:
         )
         found = (wanted - design @ new.T).square().sum()
         nothing = (wanted - model.layers[0].branch(model.layers[0].norm(stem))).square().sum()
-    assert best <= found < 1.01 * best
+    assert best <= found < 1.05 * best
     assert found < 0.9 * nothing
 
 

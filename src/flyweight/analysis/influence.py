@@ -89,9 +89,9 @@ def answers_of(model: nn.Module, examples: Iterable[Batch]) -> list[Answer]:
 
 
 def damage(wanted: Sequence[Answer], found: Sequence[Answer]) -> float:
-    """How far answers are from others: the mean Kullback-Leibler divergence of logits in nats, else the squared change as a share.
+    """How far answers are from others: the mean divergence of logits in nats, else the relative squared change.
 
-    Infinite where shapes differ or values are not finite.
+    The divergence is that of Kullback and Leibler; infinite where shapes differ or values are not finite.
     """
     return sum(_damage(one, two) for one, two in zip(wanted, found, strict=True)) / max(len(wanted), 1)
 

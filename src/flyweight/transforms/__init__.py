@@ -17,10 +17,11 @@ Copying, ordering, checking and refusing are done here, once for all methods.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, TypeAlias
 
@@ -41,8 +42,8 @@ from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
-STRUCTURE = ("drop", "prune")
-"""Methods that change depth and widths, in order, before all others."""
+STRUCTURE = ("drop", "share", "prune")
+"""Methods that change depth, whose weights layers have, and widths, in order, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed."""
@@ -61,7 +62,8 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
     finishing = _finishing(plan, last) if len(context.examples) and not context.rebuilding else []
     for method, _ in finishing:
         context = dataclasses.replace(context, examples=method.pieces(model, context.examples))
-    model, context = _cut(model, plan, context)
+    plan, model, context = _structured(model, plan, context, last=True)
+    known = _left(plan, sites)
     for stage in _stages(plan) or [[]]:  # no step at all still gives a copy
         changes, context = _staged(model, stage, known, context)
         model = substitute(model, changes)
@@ -74,20 +76,7 @@ def apply(model: nn.Module, plan: Plan, sites: Sequence[Site], context: Context)
 
 def complete(model: nn.Module, plan: Plan, context: Context) -> Plan:
     """The plan with what its structural steps decide by looking at examples written into them, or added as steps."""
-    done: dict[tuple[str, str], Mapping[str, JSON]] = {}
-    structural = _structural(plan)
-    for index, (name, chosen) in enumerate(structural.items()):
-        method = discover.method("transforms", name)
-        found = method.complete(model, chosen, context)
-        done |= {(name, site): _options.plain(options) for site, options in found.items()}
-        if index + 1 < len(structural):
-            model = method.cut(model, found, context)
-            context = _anew(model, context)
-    steps = [
-        dataclasses.replace(step, options=done.pop((step.method, step.site), step.options))
-        for step in plan.steps
-    ]
-    return Plan((*steps, *(Step(name, site, options) for (name, site), options in done.items())))
+    return _structured(model, plan, context, last=False)[0]
 
 
 def check(model: nn.Module, plan: Plan, sites: Sequence[Site]) -> None:
@@ -137,18 +126,40 @@ def _left(plan: Plan, sites: Sequence[Site]) -> Mapping[str, Site]:
     return known
 
 
-def _cut(model: nn.Module, plan: Plan, context: Context) -> tuple[nn.Module, Context]:
-    """The model after the steps of STRUCTURE, and what is known of it."""
+def _structured(
+    model: nn.Module, plan: Plan, context: Context, *, last: bool
+) -> tuple[Plan, nn.Module, Context]:
+    """The completed plan, the model after the steps of STRUCTURE, and what is known of it.
+
+    last: the last of these methods is not only completed, but applied.
+    """
+    done: dict[tuple[str, str], Mapping[str, JSON]] = {}
     structural = _structural(plan)
     for index, (name, chosen) in enumerate(structural.items(), 1):
-        places = {step.site: f"steps[{at}]" for at, step in enumerate(plan.steps)}
-        try:
-            model = discover.method("transforms", name).cut(model, chosen, context)
-        except UsageError as error:
-            rule, where = f"{name} does not fit {error.where}: {error.rule}", places.get(error.where, "")
-            raise UsageError(rule, got=error.got, where=where, way_out=error.way_out) from None
-        context = _anew(model, context) if _stages(plan) or index < len(structural) else context
-    return model, context
+        method, others = discover.method("transforms", name), index < len(structural)
+        with _placed(plan, name):
+            found = chosen if context.rebuilding else method.complete(model, chosen, context)
+            model = method.cut(model, found, context) if last or others else model
+        done |= {(name, site): _options.plain(options) for site, options in found.items()}
+        if others or (last and _stages(plan)):
+            context = _anew(model, context)
+    steps = [
+        dataclasses.replace(step, options=done.pop((step.method, step.site), step.options))
+        for step in plan.steps
+    ]
+    added = [Step(name, site, options) for (name, site), options in done.items()]
+    return Plan((*steps, *added)), model, context
+
+
+@contextlib.contextmanager
+def _placed(plan: Plan, name: str) -> Iterator[None]:
+    """Have refusals of a structural method name it, its site, and the place in the plan."""
+    places = {step.site: f"steps[{index}]" for index, step in enumerate(plan.steps)}
+    try:
+        yield
+    except UsageError as error:
+        rule, where = f"{name} does not fit {error.where}: {error.rule}", places.get(error.where, "")
+        raise UsageError(rule, got=error.got, where=where, way_out=error.way_out) from None
 
 
 def _anew(model: nn.Module, context: Context) -> Context:

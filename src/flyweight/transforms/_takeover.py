@@ -34,7 +34,7 @@ _SAME = 1e-3
 """Of a change of the output, by what two ways to make it may differ."""
 _ROUNDING = 2e-6
 """Of the output itself, what rounding may account for."""
-_PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Shares of the mean square input that are added to each input's."""
 _MOST = 8192
 """Inputs of a layer up to which a least-squares problem is solved."""
@@ -52,7 +52,7 @@ class _Sums:
 def taken_over(
     original: nn.Module, model: nn.Module, path: str, examples: Sequence[Batch]
 ) -> Mapping[str, torch.Tensor]:
-    """New values of a layer's parameters, by name, with which a model whose module at `path` is gone is nearer to the original.
+    """New values of a layer's parameters, by name, that bring a model without its module at `path` nearer to the original.
 
     Both in float32 and eval mode, neither is changed. Empty where no layer before can take over, or where it would not help.
     """
@@ -82,13 +82,14 @@ def _taker(model: nn.Module, path: str, batch: Batch) -> str | None:
     before = order[: order.index(path)]
     fit = [name for name in reversed(before) if order.count(name) == 1 and shapes[name] == shapes[path]]
     able = [name for name in fit if _able(model, name)][:_TRIED]
+    if not able:
+        return None
     delta = torch.randn(shapes[path], generator=torch.Generator().manual_seed(0))
-    wanted = _moved(model, path, delta, batch) if able else []
+    wanted = _moved(model, path, delta, batch)
     change = _distance(wanted, base)
     room = _SAME * change + _ROUNDING * _distance(base, None)
-    if not change > room:
-        return None
-    return next((one for one in able if _distance(_moved(model, one, delta, batch), wanted) <= room), None)
+    fits = (one for one in able if _distance(_moved(model, one, delta, batch), wanted) <= room)
+    return next(fits, None) if change > room else None
 
 
 def _able(model: nn.Module, path: str) -> bool:
@@ -194,7 +195,7 @@ def _design(module: nn.Module, rows: torch.Tensor) -> torch.Tensor:
     """What the fitted factors multiply with: rows (N, I) with a 1 for a bias, or a norm's outputs without theirs."""
     bias = module._parameters.get("bias")
     if _is_norm(module):
-        return rows if bias is None else rows - bias.double()
+        return rows if bias is None else rows - bias.detach().double()
     return rows if bias is None else pad(rows, (0, 1), value=1.0)
 
 
