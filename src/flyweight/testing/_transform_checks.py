@@ -100,11 +100,12 @@ def honest_size(case: Case) -> None:
 
 
 def ties_kept(case: Case) -> None:
-    """What was tied stays tied."""
-    tied = _ties(case.model)
+    """What was tied stays tied, of all that is left."""
+    left = set().union(*_holders(case.changed))
+    tied = {paths & left for paths in _ties(case.model)}
     if not tied:
         raise NotApplicable("nothing is tied")
-    require(tied <= _ties(case.changed), "ties are gone")
+    require({paths for paths in tied if len(paths) > 1} <= _ties(case.changed), "ties are gone")
 
 
 def twice(case: Case) -> None:
@@ -236,12 +237,17 @@ def _tensors(model: nn.Module) -> list[torch.Tensor]:
 
 
 def _ties(model: nn.Module) -> set[frozenset[str]]:
-    """Paths of modules that hold one parameter or buffer; a layer inside a quantized one counts as that."""
+    """Paths of modules that hold one parameter or buffer."""
+    return {paths for paths in _holders(model) if len(paths) > 1}
+
+
+def _holders(model: nn.Module) -> set[frozenset[str]]:
+    """Of each parameter and buffer the paths of the modules that hold it; a layer inside a quantized one counts as that."""
     users: dict[int, set[str]] = {}
     for named in (model.named_parameters, model.named_buffers):
         for name, tensor in named(remove_duplicate=False):
             users.setdefault(id(tensor), set()).add(name.rpartition(".")[0].removesuffix(".inner"))
-    return {frozenset(paths) for paths in users.values() if len(paths) > 1}
+    return set(map(frozenset, users.values()))
 
 
 def _judge(case: Case, step: Step, reason: str | None, site: Site) -> None:

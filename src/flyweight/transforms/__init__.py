@@ -120,9 +120,9 @@ def _left(plan: Plan, sites: Sequence[Site]) -> Mapping[str, Site]:
     """The layers that are sites behind the structural steps, by name."""
     known: Mapping[str, Site] = {site.name: site for site in sites}
     for name, chosen in _structural(plan).items():
-        left = getattr(discover.method("transforms", name), "left", None)
-        for site, options in chosen.items() if left else ():
-            known = left(known, site, options)
+        method = discover.method("transforms", name)
+        for site, options in chosen.items() if hasattr(method, "left") else ():
+            known = method.left(known, site, options)
     return known
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -140,8 +141,8 @@ def _moved(model: nn.Module, path: str, delta: torch.Tensor, batch: Batch) -> li
 
 def _distance(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor] | None) -> float:
     """The root of the summed squares of a difference, or of the first alone."""
-    pairs = zip(one, other or [0.0] * len(one), strict=True)
-    return sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
+    gaps = one if other is None else [a - b for a, b in zip(one, other, strict=True)]
+    return math.sqrt(sum(float(gap.double().square().sum()) for gap in gaps))
 
 
 def _sums(

@@ -1,7 +1,7 @@
 """Whole blocks taken out for good: layers, attention or feed-forward halves, residual branches.
 
 What stands in a block's place has no weights and gives one of its arguments, or zeros where it was a branch that is added to
-something: whichever leaves the model's output nearer. A layer before it takes over what can be taken over exactly
+something: what leaves the model's output nearer. A layer before it takes over what can be taken over exactly
 (`_takeover`). Blocks that matter little are told by what their removal does to the output, or by block influence (Men et al.,
 "ShortGPT", arXiv 2403.03853, 2024). What was decided is written into the step's options, and weights that nothing reads any
 more go in steps of their own, so that a stored artifact is rebuilt without data.
@@ -23,6 +23,7 @@ from torch import nn
 
 from flyweight.analysis.answers import Answer
 from flyweight.analysis.bare import is_bare
+from flyweight.analysis.blocks import blocks as chain_of
 from flyweight.analysis.blocks import calls
 from flyweight.analysis.influence import Passage, answers_of, damage, passages, reached
 from flyweight.codes._options import require, require_one_of
@@ -38,6 +39,8 @@ GIVES = ("input", "zeros")
 _NO_MODULE = "a block is the path of a module in the model"
 _EXAMPLES = 4
 """Examples on which the output is compared."""
+_CLEARLY = 0.5
+"""Zeros are taken where they leave the output nearer than the input does by this factor."""
 _CORRECTED = 3
 """Candidates whose damage is measured with what others take over, of those with the least damage without."""
 
@@ -49,7 +52,7 @@ class Options:
     compensate: bool = True
     """Whether a layer before it takes over what it gave."""
     gives: str = ""
-    """"input": one of its arguments; "zeros": zeros like it; empty: what changes the output less."""
+    """"input": one of its arguments; "zeros": zeros like it; empty: the input, unless zeros change less by far."""
     source: str = ""
     """Which argument, by place or name; empty: the one that is most like what the block gives."""
     elements: int = 0
@@ -123,7 +126,7 @@ def complete(model: nn.Module, options: Mapping[str, Options], context: Context)
     seen, wanted = passages(model, examples), answers_of(model, examples)
     done = {**options}
     for path, chosen in open_ones.items():
-        done[path] = _decided(model, path, chosen, seen.get(path), examples, wanted)
+        done[path], _ = _decided(model, path, chosen, seen.get(path), examples, wanted)
     return done | _unread(model, done, seen, examples[0])
 
 
@@ -152,53 +155,62 @@ def plan(
 ) -> Plan:
     """Steps that drop `count` blocks, at least 1, one after another: each the one that is missed least without those before.
 
-    within: paths of the blocks to choose from; else all. by: "damage" at the model's output, after others took over what they
-    can; or "influence", as ShortGPT does, where nothing is made up for. Raises UsageError where there are not that many.
+    within: paths of the blocks to choose from; else the layers that run one behind the other, or `blocks` where there are none.
+    by: "damage" at the model's output, after others took over what they can; or "influence", as ShortGPT does, where nothing
+    is made up for. Raises UsageError where there are not that many.
     """
     require(count >= 1, "count", "at least 1", count)
     require_one_of(by, "by", ("damage", "influence"))
     model = _evaluating(model)
-    known = passages(model, examples)
-    paths = list(within) or [path for path in known if _holds(model, path) and not _misfit(known[path])]
+    chain = None if within else chain_of(model, examples[0])
+    paths = list(within or (chain.paths if chain else blocks(model, examples[:_EXAMPLES])))
+    gives = "input" if chain else ""
     if by == "influence":
+        known = passages(model, examples)
         chosen = sorted((path for path in paths if path in known), key=lambda path: known[path].influence)
         steps = [Step("drop", path, {"compensate": False, "gives": "input"}) for path in chosen[:count]]
     else:
-        steps = _least_missed(model, examples, count, paths)
+        steps = _least_missed(model, examples, count, {path: Options(gives=gives) for path in paths})
     if len(steps) < count:
         raise UsageError(f"a model must have {count} blocks that can be dropped", got=str(len(steps)))
     return Plan(tuple(steps))
 
 
 def _least_missed(
-    model: nn.Module, examples: Sequence[Batch], count: int, paths: Sequence[str]
+    model: nn.Module, examples: Sequence[Batch], count: int, options: Mapping[str, Options]
 ) -> list[Step]:
     """The steps of `plan`, by damage."""
-    wanted = answers_of(model, examples[:_EXAMPLES])
-    context, chosen = Context(examples=examples), dict[str, Options]()
+    few = examples[:_EXAMPLES]
+    wanted, context = answers_of(model, few), Context(examples=examples)
+    ways = _ways(model, options, few, wanted)
+    chosen: dict[str, Options] = {}
+
+    def missed(found: nn.Module) -> float:
+        return damage(wanted, answers_of(found, few))
+
     for _ in range(count):
-        rest = [path for path in paths if not any(_nested(path, other) for other in chosen)]
-        plain = {
-            path: _tried(model, {**chosen, path: Options(compensate=False)}, context, wanted) for path in rest
-        }
+        rest = [path for path in ways if not any(_nested(path, other) for other in chosen)]
+        without = {path: {**chosen, path: ways[path][0]} for path in rest}
+        plain = {path: missed(_without(model, without[path])) if chosen else ways[path][1] for path in rest}
         able = sorted((path for path in rest if plain[path] < math.inf), key=lambda path: plain[path])
-        better = {
-            path: _tried(model, {**chosen, path: Options()}, context, wanted) for path in able[:_CORRECTED]
-        }
+        better = {path: missed(cut(model, without[path], context)) for path in able[:_CORRECTED]}
         if not better:
             break
-        chosen[min(better, key=lambda path: better[path])] = Options()
-    return [Step("drop", path, _options.plain(options)) for path, options in chosen.items()]
+        best = min(better, key=lambda path: better[path])
+        chosen[best] = ways[best][0]
+    return [Step("drop", path, _options.plain(options[path])) for path in chosen]
 
 
-def _tried(
-    model: nn.Module, options: Mapping[str, Options], context: Context, wanted: Sequence[Answer]
-) -> float:
-    """The damage without some blocks; infinite where the model does not run without them."""
-    try:
-        return damage(wanted, answers_of(cut(model, options, context), context.examples[: len(wanted)]))
-    except UsageError:
-        return math.inf
+def _ways(
+    model: nn.Module, options: Mapping[str, Options], examples: Sequence[Batch], wanted: Sequence[Answer]
+) -> dict[str, tuple[Options, float]]:
+    """What stands in the place of each block, and the damage without it alone; blocks that cannot go are left out."""
+    seen = passages(model, examples)
+    found = {}
+    for path, chosen in options.items():
+        with contextlib.suppress(UsageError):
+            found[path] = _decided(model, path, chosen, seen.get(path), examples, wanted)
+    return found
 
 
 def _evaluating(model: nn.Module) -> nn.Module:
@@ -247,8 +259,8 @@ def _decided(
     seen: Passage | None,
     examples: Sequence[Batch],
     wanted: Sequence[Answer],
-) -> Options:
-    """The options with what changes the output least, of what makes the model run."""
+) -> tuple[Options, float]:
+    """The options with what changes the output least, of what makes the model run, and how much."""
     reason = _misfit(seen)
     if reason or seen is None:
         raise UsageError("a block must run once, and give what it gets", got=reason, where=path)
@@ -260,14 +272,14 @@ def _decided(
     for way in ways:
         try:
             with foreign(ModelError, "it must run"):
-                found[way] = damage(wanted, answers_of(view(model, {path: Dropped(way)}), examples))
+                found[way] = damage(wanted, answers_of(_without(model, {path: way}), examples))
         except FlyweightError as failure:
             reasons.append(failure.got or str(failure))
-    best = min(found, key=lambda way: found[way], default=ways[0])
+    best = min(found, key=lambda way: found[way] * (_CLEARLY if way.gives == "input" else 1), default=ways[0])
     if not found.get(best, math.inf) < math.inf:
         got = reasons[0] if reasons else "an output of another shape, or one that is not finite"
         raise UsageError("the model must run without a block", got=got, where=path)
-    return best
+    return best, found[best]
 
 
 def _unread(
@@ -277,7 +289,7 @@ def _unread(
 
     Raises UsageError where it would depend on none at all.
     """
-    small = view(model, {path: Dropped(chosen) for path, chosen in done.items()})
+    small = _without(model, done)
     with foreign(UsageError, "what a model's output depends on must be told by its gradients"):
         before, after = reached(model, batch), reached(small, batch)
     if not after:
@@ -302,12 +314,16 @@ def _unread(
     return found if found and _equal(model, {**done, **found}, small, batch) else {}
 
 
+def _without(model: nn.Module, options: Mapping[str, Options]) -> nn.Module:
+    """The model without some modules, to look through: parameters are its own."""
+    return view(model, {path: Dropped(chosen) for path, chosen in options.items()})
+
+
 def _equal(model: nn.Module, options: Mapping[str, Options], other: nn.Module, batch: Batch) -> bool:
     """Whether a model without some modules gives what another does, bit for bit."""
     try:
         with foreign(ModelError, "it must run"):
-            small = view(model, {path: Dropped(chosen) for path, chosen in options.items()})
-            one, two = answers_of(small, [batch])[0], answers_of(other, [batch])[0]
+            one, two = answers_of(_without(model, options), [batch])[0], answers_of(other, [batch])[0]
     except FlyweightError:
         return False
     return all(map(torch.equal, one.tensors, two.tensors))

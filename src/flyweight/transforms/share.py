@@ -1,8 +1,8 @@
 """A layer that has another's weight, times a factor for each output channel: stored once, whoever reads it.
 
-Sharing across layers is that of Lan et al., "ALBERT" (arXiv 1909.11942, 2020), with small corrections for each use. The factors
-are those with which the outputs come nearest to the layer's own, by least squares on its inputs where they are known. Layers
-are shared where they are alike; how much is `likeness`, and what is below the threshold is refused.
+Sharing across layers is that of Lan et al., "ALBERT" (arXiv 1909.11942, 2020), with small corrections for each use. With its
+factors the layer comes nearest to what it gave, by least squares on its inputs where they are known. `likeness` says how near
+that is; what is below the threshold is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from flyweight.analysis.importance import input_axis, outputs_first
 from flyweight.codes._options import require
 from flyweight.errors import UsageError
 from flyweight.records import Batch, Plan, Site, Step
-from flyweight.transforms import _options
 from flyweight.transforms._contract import Context
 from flyweight.transforms._copies import substitute
 
@@ -55,7 +54,7 @@ class Scaled(nn.Module):
         super().__init__()
         self.inner, self.channels = inner, channels
         self.scale = nn.Parameter(scale)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias))
+        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer would give with the weight scaled."""
@@ -87,7 +86,7 @@ def closeness(options: Options) -> float:
 
 
 def likeness(model: nn.Module, path: str, of: str, context: Context) -> float:
-    """The cosine of what two layers of one shape give, the second with the best factors: 1 where they are alike, 0 where not."""
+    """The cosine of what two layers of one shape give, the second with the best factors; 1 where they are alike."""
     return _fitted(model, path, of, context)[1]
 
 
