@@ -37,7 +37,7 @@ WAYS = {
 MOST = 4
 WINDOW, CALIBRATING, JUDGING = 256, 8, 12
 """Tokens of a window, and windows of text that are learned from and judged by; batches of sentences that are learned from."""
-SENTENCES = 600
+SENTENCES = 150
 """Sentences that are searched."""
 
 

@@ -42,8 +42,8 @@ from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
-STRUCTURE = ("drop", "share", "prune")
-"""Methods that change depth, whose weights layers have, and widths, in order, before all others."""
+STRUCTURE = ("drop", "activation", "share", "prune")
+"""Methods that change depth, functions, whose weights layers have, and widths, in order, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed."""

@@ -155,7 +155,7 @@ def plan(
 ) -> Plan:
     """Steps that drop `count` blocks, at least 1, one after another: each the one that is missed least without those before.
 
-    within: paths of the blocks to choose from; else the layers that run one behind the other, or `blocks` where there are none.
+    within: paths of the blocks to choose from; else the layers that run one behind the other, or `blocks` if there are none.
     by: "damage" at the model's output, after others took over what they can; or "influence", as ShortGPT does, where nothing
     is made up for. Raises UsageError where there are not that many.
     """
