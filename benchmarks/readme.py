@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "flyweight"
 RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = "![The contract job: flyweight and its peers, side by side](benchmarks/results/contract.svg)"
-PAGES = ("README.md", "docs/optimize.md", "docs/quantization.md")
+PAGES = ("README.md", "docs/optimize.md", "docs/quantization.md", "docs/structure.md")
 _LABELS = {
     "minilm": "all-MiniLM-L6-v2, sentence retrieval",
     "efficientnet_lite0": "EfficientNet-lite0, photos",
@@ -36,7 +36,7 @@ def main() -> int:
     """Write or check every page; returns the exit code."""
     found = _load("contract")
     blocks = {"tree": tree()} | ({"contract": contract(found), "peers": peers(found)} if found else {})
-    blocks |= _weight_codes() | _choices() | _llamacpp()
+    blocks |= _weight_codes() | _choices() | _llamacpp() | _depth()
     stale = []
     for name in PAGES:
         path = ROOT / name
@@ -80,6 +80,14 @@ def _llamacpp() -> dict[str, str]:
 
     found = _load("llamacpp")
     return {"llamacpp": _llamacpp_report.table(found["records"])} if found else {}
+
+
+def _depth() -> dict[str, str]:
+    """The table of benchmarks/depth.py, if anything was measured."""
+    from benchmarks import depth  # it reads the functions of this module
+
+    found = _load("depth")
+    return {"depth": depth.table(found)} if found else {}
 
 
 def _between(page: str, key: str, text: str) -> str:
