@@ -66,11 +66,15 @@ def measured(name: str, *, quick: bool) -> dict[str, Any]:
     task = CASES[name](4 if quick else 1)
     context = Context(examples=task.examples[:CALIBRATING])
     found: dict[str, Any] = {"original": quality(task, task.model)}
+    print(name, found, flush=True)
+    plans = {
+        by: drop.plan(task.model, context.examples, 1 if quick else MOST, by=by)
+        for by in dict.fromkeys(by for by, _ in WAYS.values())
+    }
     for label, (by, compensate) in WAYS.items():
-        plan = drop.plan(task.model, context.examples, 1 if quick else MOST, by=by)
         steps = [
             step if compensate else dataclasses.replace(step, options={**step.options, "compensate": False})
-            for step in plan.steps
+            for step in plans[by].steps
         ]
         found[label] = []
         for count in range(1, len(steps) + 1):

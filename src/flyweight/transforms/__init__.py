@@ -42,7 +42,7 @@ from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
-STRUCTURE = ("drop", "activation", "share", "prune")
+STRUCTURE = ("drop", "activation", "share", "share_rows", "prune")
 """Methods that change depth, functions, whose weights layers have, and widths, in order, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
