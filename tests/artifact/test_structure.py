@@ -57,10 +57,10 @@ STEPS = (
     Step("drop", "blocks.1"),
     Step("activation", "blocks.2.act", {"by": "relu"}),
     Step("share", "blocks.3.up"),
-    Step("share_rows", "embed"),
+    Step("share_rows", "head"),
     Step("prune", "blocks.2.up:neurons", {"ratio": 0.5}),
     Step("weight_only", "blocks.0.up"),
-    Step("weight_only", "embed.kept"),
+    Step("weight_only", "head.kept"),
 )
 
 

@@ -16,7 +16,6 @@ from flyweight.errors import UsageError
 from flyweight.inputs.check import run
 from flyweight.records import Plan, Step
 from flyweight.runtimes._state import unique_state
-from flyweight.testing.zoo import ZOO
 from flyweight.transforms import Context, QuantizedLayer, share_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +55,7 @@ def applied(model: nn.Module, *steps: Step) -> nn.Module:
 def test_rows_of_one_direction_are_stored_once_and_nothing_changes(tied: bool) -> None:
     torch.manual_seed(0)
     model = Table(tied).eval()
-    small = applied(model, Step("share_rows", "embed"))
+    small = applied(model, Step("share_rows", "head" if tied else "embed"))
     assert torch.allclose(run(small, EXAMPLES[0]), run(model, EXAMPLES[0]), atol=1e-5)
     assert small.embed.kept.weight.shape == (5, 16)
     assert torch.allclose(small.embed.weight.as_subclass(torch.Tensor), model.embed.weight, atol=1e-5)
@@ -91,7 +90,7 @@ def test_blocks_of_rows_find_the_groups_of_blocks_before(monkeypatch) -> None:
 
 def test_stored_rows_are_quantized_once_for_all_who_read_them_and_a_plan_is_rebuilt() -> None:
     model = Table(True).eval()
-    steps = Plan((Step("share_rows", "embed"), Step("weight_only", "embed.kept", {"bits": 8})))
+    steps = Plan((Step("share_rows", "head"), Step("weight_only", "head.kept", {"bits": 8})))
     plan = transforms.complete(model, steps, Context())
     small = applied(model, *plan.steps)
     assert isinstance(small.head.kept, QuantizedLayer)
@@ -107,9 +106,9 @@ def test_stored_rows_are_quantized_once_for_all_who_read_them_and_a_plan_is_rebu
 @pytest.mark.parametrize(
     ("site", "options", "words"),
     [
-        ("head", {}, "it is that of embed"),
-        ("embed", {"threshold": 1.5}, "threshold"),
-        ("embed", {"rows": 7}, "stores 7 rows"),
+        ("embed", {}, "goes by one name"),
+        ("head", {"threshold": 1.5}, "threshold"),
+        ("head", {"rows": 7}, "stores 7 rows"),
         ("body", {}, "embeddings and linear layers"),
         ("", {}, "embeddings and linear layers"),
     ],
@@ -119,12 +118,20 @@ def test_what_cannot_be_shared_is_refused_with_the_reason(site, options, words) 
         applied(Table(True).eval(), Step("share_rows", site, options))
 
 
-def test_rows_that_are_not_alike_stay_and_so_do_weights_that_others_read_otherwise() -> None:
+def test_rows_that_are_not_alike_stay() -> None:
     torch.manual_seed(0)
     model = Table(False).eval()
     with pytest.raises(UsageError, match="must be smaller"):
         applied(model, Step("share_rows", "head"))
-    turned = next(entry for entry in ZOO if entry.name == "bare_parameter").build().eval()
-    assert list(share_rows.proposals(turned, [])) == [] or all(
-        transforms.complete(turned, plan, Context()) for plan in share_rows.proposals(turned, [])
-    )
+
+
+def test_a_tied_weight_is_proposed_once() -> None:
+    model = Table(True).eval()
+    assert [plan.steps[0].site for plan in share_rows.proposals(model, EXAMPLES)] == ["head"]
+
+
+def test_a_weight_that_another_module_reads_otherwise_stays() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Bilinear(4, 4, 2)).eval()
+    model[1].register_parameter("other", model[0].weight)
+    with pytest.raises(UsageError, match="must read its rows"):
+        share_rows.complete(model, {"0": share_rows.Options()}, Context())

@@ -61,11 +61,12 @@ class SharedRows(nn.Module):
         """kept: the table or layer (K, I), without a bias; places: (O,) int32 below K; scale, bias: (O,)."""
         super().__init__()
         self.kept, self.scale, self.bias = kept, scale, bias
+        self.looked_up = isinstance(kept, nn.Embedding)
         self.register_buffer("places", places)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the table or layer of all rows gives."""
-        if isinstance(self.kept, nn.Embedding) or isinstance(getattr(self.kept, "inner", None), nn.Embedding):
+        if self.looked_up:
             rows: torch.Tensor = self.kept(self.places[x].long())
             return rows * self.scale[x].unsqueeze(-1)
         found: torch.Tensor = self.kept(x).index_select(-1, self.places) * self.scale
@@ -95,9 +96,14 @@ def closeness(options: Options) -> float:
 
 def proposals(model: nn.Module, examples: Sequence[Batch]) -> Iterator[Plan]:
     """A plan for each table or layer that gets smaller where rows at an angle of up to 60 degrees are shared."""
-    for path, module in model.named_modules():
+    named: set[str] = set()
+    for path in sorted(
+        dict(model.named_modules()), key=lambda path: isinstance(model.get_submodule(path), nn.Embedding)
+    ):
         with contextlib.suppress(UsageError):
-            if path and _plain(module) and _holders(model, path)[0] == path:
+            holders = _holders(model, path)  # of a tied weight, the layer that multiplies with it is the site
+            if named.isdisjoint(holders):
+                named |= {*holders}
                 done = complete(model, {path: Options(threshold=0.5)}, Context())
                 yield Plan((Step("share_rows", path, {"threshold": 0.5, "rows": done[path].rows}),))
 
@@ -132,10 +138,16 @@ def cut(model: nn.Module, options: Mapping[str, Options], context: Context) -> n
 
 
 def left(known: Mapping[str, Site], site: str, options: Options) -> Mapping[str, Site]:
-    """The layers that are sites afterwards: that of the stored rows, tied as all of them were."""
+    """The layers that are sites afterwards: that of the stored rows, tied as all of them were.
+
+    Raises UsageError where the weight is a site by another of its modules' names.
+    """
+    other = next((name for name, one in known.items() if site in one.tied), None)
+    if other is not None:
+        raise UsageError("a tied weight goes by one name", got=site, where=site, way_out=f"name {other}")
     found: dict[str, Site] = {}
     for name, one in known.items():
-        tied = tuple(f"{other}.{KEPT}" for other in one.tied) if name == site else one.tied
+        tied = tuple(f"{path}.{KEPT}" for path in one.tied) if name == site else one.tied
         new = f"{name}.{KEPT}" if name == site else name
         found[new] = dataclasses.replace(one, name=new, tied=tied)
     return found
@@ -197,14 +209,11 @@ def _holders(model: nn.Module, path: str) -> list[str]:
         raise UsageError(rule, got=repr(path) if module is None else type(module).__name__, where=path)
     weight = module.get_parameter("weight")
     holders = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]
-    paths = [name.removesuffix(".weight") for name in holders]
-    odd = [one for one in paths if one not in known or not _plain(known[one])]
-    if odd or paths[0] != path:
-        got = f"{odd[0]} reads it otherwise" if odd else f"it is that of {paths[0]}"
-        raise UsageError(
-            "all who hold a weight must read its rows, and the first is named", got=got, where=path
-        )
-    return paths
+    others = [one for name in holders if (one := name.removesuffix(".weight")) != path]
+    odd = [one for one in others if one not in known or not _plain(known[one])]
+    if odd:
+        raise UsageError("all who hold a weight must read its rows", got=f"{odd[0]} does not", where=path)
+    return [path, *others]
 
 
 def _plain(module: nn.Module) -> bool:
