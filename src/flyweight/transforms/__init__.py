@@ -47,7 +47,7 @@ STRUCTURE = ("drop", "activation", "share", "share_rows", "prune")
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed."""
-ORDER = ("fold_batch_norm", "low_rank", "smooth")
+ORDER = ("fold_batch_norm", "low_rank", "separable", "smooth")
 """Methods that change what there is, in order; all others, which change how it is stored and computed, come after them."""
 
 
