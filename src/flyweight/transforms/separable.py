@@ -103,7 +103,8 @@ def _kernels(weight: torch.Tensor, count: int) -> torch.Tensor:
 
 def _spread(kernels: torch.Tensor) -> torch.Tensor:
     """Kernels (I, m, K) as a matrix (I * m, I * K) over all inputs."""
-    return torch.block_diag(*kernels)
+    found: torch.Tensor = torch.block_diag(*kernels)
+    return found
 
 
 def _mixing(weight: torch.Tensor, looking: torch.Tensor, gram: torch.Tensor | None) -> torch.Tensor:
