@@ -23,6 +23,7 @@ from torch import nn
 from benchmarks._results import FOLDER, _commit
 from benchmarks.readme import ROOT, _between
 from flyweight import Plan, Task, transforms
+from flyweight.analysis.influence import answers_of, damage
 from flyweight.inputs.check import run
 from flyweight.inputs.language_model import language_task
 from flyweight.transforms import Context, drop
@@ -35,8 +36,10 @@ WAYS = {
     "block influence (ShortGPT)": ("influence", False),
 }
 MOST = 4
-WINDOW, CALIBRATING, JUDGING = 256, 8, 12
-"""Tokens of a window, and windows of text that are learned from and judged by; batches of sentences that are learned from."""
+WINDOW, WINDOWS, JUDGING = 256, 16, 12
+"""Tokens of a window; windows of text that are learned from or held out; those that judge."""
+CALIBRATING, HELD = 8, 2
+"""Examples that are learned from, at most, and those after them on which outputs are compared."""
 SENTENCES = 150
 """Sentences that are searched."""
 
@@ -64,20 +67,25 @@ def main() -> None:
 def measured(name: str, *, quick: bool) -> dict[str, Any]:
     """The quality of the original, and by way the quality and the layers gone, for each number of layers."""
     task = CASES[name](4 if quick else 1)
-    context = Context(examples=task.examples[:CALIBRATING])
+    learned = min(CALIBRATING, len(task.examples) - HELD)
+    context, held = Context(examples=task.examples[:learned]), task.examples[learned:][:HELD]
+    wanted = answers_of(task.model, held)
     found: dict[str, Any] = {"original": quality(task, task.model)}
+    print(name, found, flush=True)
+    plans = {
+        by: drop.plan(task.model, context.examples, 1 if quick else MOST, by=by)
+        for by in dict.fromkeys(by for by, _ in WAYS.values())
+    }
     for label, (by, compensate) in WAYS.items():
-        plan = drop.plan(task.model, context.examples, 1 if quick else MOST, by=by)
         steps = [
             step if compensate else dataclasses.replace(step, options={**step.options, "compensate": False})
-            for step in plan.steps
+            for step in plans[by].steps
         ]
         found[label] = []
         for count in range(1, len(steps) + 1):
             small = transforms.apply(task.model, Plan(tuple(steps[:count])), [], context)
-            found[label].append(
-                {"layers": [one.site for one in steps[:count]], "quality": quality(task, small)}
-            )
+            row = {"quality": quality(task, small), "change": damage(wanted, answers_of(small, held))}
+            found[label].append({"layers": [one.site for one in steps[:count]], **row})
             print(name, label, found[label][-1], flush=True)
     return found
 
@@ -89,11 +97,13 @@ def quality(task: Task, model: nn.Module) -> float:
 
 
 def table(document: dict[str, Any]) -> str:
-    """Quality as a share of the original's, by case, way and number of layers gone."""
+    """Quality as a share of the original's, and the change of the output, by case, way and number of layers gone."""
     lines = ["| model | layers chosen by | 1 gone | 2 gone | 3 gone | 4 gone |", "|---|---|---|---|---|---|"]
     for name, found in document.items():
         for label in WAYS:
-            cells = [f"{row['quality'] / found['original']:.1%}" for row in found[label]]
+            cells = [
+                f"{row['quality'] / found['original']:.1%} ({row['change']:.3f})" for row in found[label]
+            ]
             lines.append(f"| {name} | {label} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -115,7 +125,7 @@ def smollm2(part: int) -> Task:
         folder / "model",
         folder / "speeches.txt",
         window=WINDOW,
-        calibrating=CALIBRATING,
+        calibrating=WINDOWS,
         judging=max(JUDGING // part, 8),
     )
 

@@ -27,7 +27,7 @@ from flyweight.transforms import weight_only
 
 SOME = (
     "tied_embedding", "called_twice", "tuple_input", "depthwise_conv", "conv1d", "recommender", "attention", "one_row",
-    "shared_buffer", "forgotten_eval", "bfloat16", "zero_channel", "residual_conv",
+    "shared_buffer", "forgotten_eval", "bfloat16", "zero_channel", "residual_conv", "layer_norm",
 )  # fmt: skip
 FEW = ("called_twice", "conv_norm")
 """Exporting takes seconds a model, so that the whole zoo is for the long run."""

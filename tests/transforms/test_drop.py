@@ -286,3 +286,55 @@ def test_the_blocks_that_are_missed_least_are_found(model, examples) -> None:
     with pytest.raises(UsageError, match="must have 4 blocks"):
         drop.plan(model, examples, 4, within=layers, by="influence")
     assert set(drop.blocks(model, examples)) == {*layers, *(f"{one}.branch" for one in layers)}
+
+
+class Picture(nn.Module):
+    """Two residual branches of convolutions, with or without norms at their ends."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3, padding=1), nn.Linear(6, 3)
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1),
+                nn.BatchNorm2d(6) if normed else nn.Identity(),
+            )
+            for _ in range(2)
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.head(relu(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("normed", "taker"), [(False, "branches.0.2"), (True, "branches.0.3")])
+def test_convolutions_and_their_norms_take_over_what_a_branch_gave(normed: bool, taker: str) -> None:
+    torch.manual_seed(0)
+    model = Picture(normed).eval()
+    examples = list(torch.randn(4, 8, 3, 6, 6))
+    small = applied(model, step("branches.1", compensate=False, gives="zeros"), examples)
+    values = taken_over(model, small, "branches.1", examples)
+    assert set(values) == {f"{taker}.weight", f"{taker}.bias"}
+    wanted = answers_of(model, examples)
+    new = removed(small, (), {}, values)
+    assert damage(wanted, answers_of(new, examples)) < damage(wanted, answers_of(small, examples))
+    if not normed:  # against the plain regression on all that the kernel reads
+        seen, gone = [], []
+        with torch.no_grad():
+            for x in examples:
+                stem = model.stem(x)
+                rows = nn.functional.unfold(model.branches[0][:2](stem), 3, padding=1).mT.flatten(0, 1)
+                seen.append(torch.cat([rows, torch.ones(len(rows), 1)], 1))
+                gone.append(model.branches[1](stem + model.branches[0](stem)).movedim(1, -1).flatten(0, 2))
+        design, missing = torch.cat(seen), torch.cat(gone)
+        best = (missing - design @ torch.linalg.lstsq(design, missing).solution).square().sum()
+        change = torch.cat(
+            [
+                (values[f"{taker}.weight"] - model.branches[0][2].weight).flatten(1),
+                (values[f"{taker}.bias"] - model.branches[0][2].bias)[:, None],
+            ],
+            1,
+        ).detach()
+        assert best <= (missing - design @ change.T).square().sum() < 1.05 * best

@@ -27,9 +27,10 @@ def load_module(folder: str | Path, model: nn.Module) -> nn.Module:
     """
     artifact = spec.read(Path(folder))
     sites, steps = [], artifact.manifest.plan.steps
-    made = {path for paths in transforms.inside(steps).values() for path in paths}
+    inside = transforms.inside(steps)
+    made = {path for paths in inside.values() for path in paths}
     for step in steps:
-        if step.method in transforms.STRUCTURE:
+        if step.method in transforms.STRUCTURE and step.site not in inside:
             continue
         try:
             sites += [plain_site(model, step.site)] if step.site not in made else []

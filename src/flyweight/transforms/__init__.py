@@ -42,12 +42,12 @@ from flyweight.transforms._learned import frozen as frozen
 from flyweight.transforms._quantized import QuantizedLayer as QuantizedLayer
 from flyweight.transforms._quantized import shell as shell
 
-STRUCTURE = ("drop", "activation", "share", "prune", "heal")
+STRUCTURE = ("drop", "activation", "share", "share_rows", "prune", "heal")
 """Methods that change depth, functions, whose weights layers have, and widths, and heal that; in order, before all others."""
 _Ready: TypeAlias = tuple[ModuleType, Site, Any]
 EXACT = ("fold_batch_norm", "smooth")
 """Methods that keep the function and change how it is computed."""
-ORDER = ("fold_batch_norm", "low_rank", "smooth")
+ORDER = ("fold_batch_norm", "low_rank", "separable", "smooth")
 """Methods that change what there is, in order; all others, which change how it is stored and computed, come after them."""
 
 

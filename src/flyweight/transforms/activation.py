@@ -118,7 +118,7 @@ def _misfit(model: nn.Module, path: str, seen: Passage | None) -> str:
     module = model.get_submodule(path)
     if isinstance(module, _CHEAP):
         return f"{type(module).__name__} is cheap already"
-    if list(module.parameters()) or list(module.buffers()) or list(module.children()) or seen.elements:
+    if any(True for _ in module.parameters()) or module._buffers or module._modules or seen.elements:
         return f"{type(module).__name__} holds or gives more than that"
     return "" if _by_value(module) else f"{type(module).__name__} changes no value, or not each by itself"
 

@@ -102,7 +102,7 @@ def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     width = options.width(outputs, inputs)
     if width * (outputs + inputs) >= outputs * inputs:
         return f"two layers of rank {width} are not smaller than {outputs} x {inputs}"
-    return None if _plain(module, site.kind) else "it does more than a linear layer or a convolution does"
+    return None if is_plain(module, site.kind) else "it does more than a linear layer or a convolution does"
 
 
 def closeness(options: Options) -> float:
@@ -119,14 +119,14 @@ def replace(model: nn.Module, site: Site, options: Options, context: Context) ->
     weight = rows(module, site.kind).double()
     mean, around = None, None
     if not context.rebuilding:
-        mean, around = _seen(site.name, module, context)
+        mean, around = seen(site.name, module, context)
     _, vectors = _spectrum(weight, around)
     basis = vectors[:, : options.width(*weight.shape)]
     first = basis.T @ weight
     bias = getattr(module, "bias", None)
     if mean is not None and bias is not None:
         bias = bias.detach() + (weight - basis @ first) @ mean
-    return {site.name: _pair(module, site.kind, first, basis, bias)}
+    return {site.name: pair(module, site.kind, first, basis, bias)}
 
 
 def together(
@@ -138,17 +138,22 @@ def together(
         kind = "conv" if isinstance(model.get_submodule(path), _CHANNELS) else "linear"
         site = Site(name=path, kind=kind, parameters=0, bytes=0, macs=0)  # type: ignore[arg-type]
         changes |= replace(model, site, options, context)
+    return changes, behind(model, changes, context)
+
+
+def behind(model: nn.Module, changes: Mapping[str, nn.Module], context: Context) -> Context:
+    """What is known of a model in which layers became two."""
     if context.rebuilding or not len(context.examples):
-        return changes, context
+        return context
     new = view(model, changes).eval()
     found = analyse(new, context.examples)
-    names = {f"{path}.second": path for path in steps}
+    names = {f"{path}.second": path for path in changes}
 
     def counts(path: str) -> torch.Tensor | None:
         return context.rows(names.get(path, path))
 
     gram = grams.lazily(new, [site.name for site in found.sites], context.examples)
-    return changes, dataclasses.replace(context, statistics=found.statistics, gram=gram, rows=counts)
+    return dataclasses.replace(context, statistics=found.statistics, gram=gram, rows=counts)
 
 
 def plan(model: nn.Module, sites: Sequence[Site], context: Context, keep: float) -> Plan:
@@ -189,21 +194,21 @@ class _Layer:
 
 def _layer(site: Site, module: nn.Module, context: Context) -> _Layer:
     weight = rows(module, site.kind).double()
-    values, _ = _spectrum(weight, _seen(site.name, module, context)[1])
+    values, _ = _spectrum(weight, seen(site.name, module, context)[1])
     counts, each = context.rows(site.name), sum(weight.shape)
     unit = 1 / float(values.sum().clamp(min=TINY)) if counts is None else float(counts.double().mean())
     return _Layer(weight.numel(), each, values * unit / each)
 
 
-def _seen(path: str, module: nn.Module, context: Context) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+def seen(path: str, module: nn.Module, context: Context) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The mean (I,) of a layer's inputs where a bias can take over, and their Gram matrix (I, I) around it, where known."""
-    gram, seen = context.gram(path), context.statistics.get(path)
+    gram, known = context.gram(path), context.statistics.get(path)
     if gram is None:
         return None, None
     gram = gram.double().reshape(gram.shape[-2:])
-    if getattr(module, "bias", None) is None or seen is None or seen.mean is None:
+    if getattr(module, "bias", None) is None or known is None or known.mean is None:
         return None, gram
-    mean = seen.mean[0].double()
+    mean = known.mean[0].double()
     return mean, gram - mean[:, None] * mean
 
 
@@ -215,12 +220,12 @@ def _spectrum(weight: torch.Tensor, gram: torch.Tensor | None) -> tuple[torch.Te
     return values.flip(0).clamp(min=0), vectors.flip(1)
 
 
-def _plain(module: nn.Module, kind: str) -> bool:
+def is_plain(module: nn.Module, kind: str) -> bool:
     """Whether a layer does what two with its weight as their product would, told by numbers on a few output channels."""
     weight = rows(module, kind)[:_PROBED].detach()
     like, outputs = module.get_parameter("weight"), len(rows(module, kind))
     second = torch.eye(outputs, len(weight))
-    pair = _pair(module, kind, weight, second, getattr(module, "bias", None))
+    two = pair(module, kind, weight, second, getattr(module, "bias", None))
     spread = [1 + (k - 1) * d for k, d in zip(like.shape[2:], getattr(module, "dilation", ()), strict=True)]
     shape = (
         (2, like.shape[1], *(size + 3 for size in spread))
@@ -231,7 +236,7 @@ def _plain(module: nn.Module, kind: str) -> bool:
     try:
         with foreign(ModelError, "a layer must take its input alone"), torch.no_grad():
             wanted, found = (
-                one(x).transpose(0, -1 if kind == "linear" else 1)[:_PROBED] for one in (module, pair)
+                one(x).transpose(0, -1 if kind == "linear" else 1)[:_PROBED] for one in (module, two)
             )
     except ModelError:
         return False
@@ -239,19 +244,28 @@ def _plain(module: nn.Module, kind: str) -> bool:
     return found.shape == wanted.shape and bool(((found - wanted).abs() <= bound).all())
 
 
-def _pair(
-    module: nn.Module, kind: str, first: torch.Tensor, second: torch.Tensor, bias: torch.Tensor | None
+def pair(
+    module: nn.Module,
+    kind: str,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    bias: torch.Tensor | None,
+    groups: int = 1,
 ) -> LowRank:
-    """Two layers with weights (r, I) and (O, r) that do with them what a layer does with their product."""
+    """Two layers with weights (r, I) and (O, r) that do with them what a layer does with their product.
+
+    groups: of a convolution's input channels, each read by its own share of the first layer's; its weight is (r, I / groups).
+    """
     like = module.get_parameter("weight")
     if kind == "conv":
         one = copy.deepcopy(module, {id(p): None for p in module.parameters(recurse=False)})
-        one.out_channels = len(first)  # type: ignore[assignment]
+        one.out_channels, one.groups = len(first), groups  # type: ignore[assignment]
         spatial = like.ndim - 2
         two: nn.Module = _CHANNELS[spatial - 1](
             len(first), len(second), 1, bias=bias is not None, device="meta"
         )
-        first, second = first.view(-1, *like.shape[1:]), second.view(*second.shape, *[1] * spatial)
+        first = first.view(-1, like.shape[1] // groups, *like.shape[2:])
+        second = second.view(*second.shape, *[1] * spatial)
     else:
         one = nn.Linear(first.shape[1], len(first), bias=False, device="meta")
         two = nn.Linear(len(first), len(second), bias=bias is not None, device="meta")
