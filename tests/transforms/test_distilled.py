@@ -213,7 +213,7 @@ def test_time_that_is_over_ends_the_tuning(monkeypatch: pytest.MonkeyPatch) -> N
             rates.append([group["lr"] for group in self.param_groups])
             return super().step(closure)
 
-    monkeypatch.setattr("flyweight.transforms.distilled.time.monotonic", clock)
+    monkeypatch.setattr("flyweight.transforms._teaching.time.monotonic", clock)
     monkeypatch.setattr("flyweight.transforms.distilled.torch.optim.Adam", Counted)
     applied(model, data, block_passes=0.0, passes=1000.0, seconds=6.0, **TWO)
     assert len(rates) == 5  # until the sixth second

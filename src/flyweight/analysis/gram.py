@@ -58,8 +58,10 @@ class Moments:
         """Those of the rows of both."""
         share = self.rows / (self.rows + other.rows)
         names = ("gram", "cross", "mean", "before")
-        means = (share * getattr(self, name) + (1 - share) * getattr(other, name) for name in names)
-        return Moments(*means, self.rows + other.rows)
+        gram, cross, mean, before = (
+            share * getattr(self, name) + (1 - share) * getattr(other, name) for name in names
+        )
+        return Moments(gram, cross, mean, before, self.rows + other.rows)
 
 
 def grams(model: nn.Module, sites: Collection[str], examples: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
@@ -105,8 +107,9 @@ def moments(
 
 
 def _moments(own: _Sum, crossed: _Sum) -> Moments:
-    means = (one.double() / own.rows for one in (own.total, crossed.total, own.left, crossed.left))
-    return Moments(*means, own.rows)
+    parts = (own.total, crossed.total, own.left, crossed.left)
+    total, cross, mean, before = (part.double() / own.rows for part in parts)
+    return Moments(total, cross, mean, before, own.rows)
 
 
 def _collected(

@@ -95,7 +95,10 @@ class _Layer:
         """(P, O, I) float64: the original's weight."""
         weight = self.original.get_parameter("weight").detach().double()
         if kind_of(self.original) == "conv":
-            return weight.flatten(1).unflatten(0, (cast(nn.Conv2d, self.original).groups, -1))
+            grouped: torch.Tensor = weight.flatten(1).unflatten(
+                0, (cast(nn.Conv2d, self.original).groups, -1)
+            )
+            return grouped
         return (weight.T if self.axis == 0 else weight)[None]
 
     def columns(self, kernel: int) -> torch.Tensor:
