@@ -66,6 +66,20 @@ def test_the_layer_behind_makes_up_by_least_squares_with_its_bias(model, example
     assert found < 0.5 * without
 
 
+def test_only_readers_of_groups_that_are_made_up_for_change() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4)]
+    model, data = nn.Sequential(*layers).eval(), list(torch.randn(8, 32, 6))
+    context, sites = seen(model, data)
+    plan = transforms.complete(
+        model, Plan((Step("prune", "0:neurons", {"compensate": False}), Step("prune", "2:neurons"))), context
+    )
+    small = transforms.apply(model, plan, sites, context)
+    first, second = (prune.units_of(step.options["kept"], "") for step in plan.steps)
+    assert torch.equal(small[2].weight, model[2].weight[second][:, first])
+    assert not torch.equal(small[4].weight, model[4].weight[:, second])
+
+
 def test_nothing_goes_at_ratio_0_and_nothing_changes(model, examples) -> None:
     context, sites = seen(model, examples)
     same = transforms.apply(model, step(ratio=0.0), sites, context)

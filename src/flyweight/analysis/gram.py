@@ -57,11 +57,17 @@ class Moments:
     def joined(self, other: Moments) -> Moments:
         """Those of the rows of both."""
         share = self.rows / (self.rows + other.rows)
-        names = ("gram", "cross", "mean", "before")
-        gram, cross, mean, before = (
-            share * getattr(self, name) + (1 - share) * getattr(other, name) for name in names
+
+        def mean(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+            return share * one + (1 - share) * two
+
+        return Moments(
+            mean(self.gram, other.gram),
+            mean(self.cross, other.cross),
+            mean(self.mean, other.mean),
+            mean(self.before, other.before),
+            self.rows + other.rows,
         )
-        return Moments(gram, cross, mean, before, self.rows + other.rows)
 
 
 def grams(model: nn.Module, sites: Collection[str], examples: Sequence[Batch]) -> Mapping[str, torch.Tensor]:
@@ -107,9 +113,10 @@ def moments(
 
 
 def _moments(own: _Sum, crossed: _Sum) -> Moments:
-    parts = (own.total, crossed.total, own.left, crossed.left)
-    total, cross, mean, before = (part.double() / own.rows for part in parts)
-    return Moments(total, cross, mean, before, own.rows)
+    def mean(total: torch.Tensor) -> torch.Tensor:
+        return total.double() / own.rows
+
+    return Moments(mean(own.total), mean(crossed.total), mean(own.left), mean(crossed.left), own.rows)
 
 
 def _collected(

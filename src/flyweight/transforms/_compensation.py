@@ -1,4 +1,4 @@
-"""Layers behind units that went make up for them, by least squares, and biases and norms take over the means.
+"""Layers that read units that went make up for them, by least squares, and biases and norms take over the means.
 
 The new weight is what comes nearest to the original layer's output, given the inputs that the layer gets behind all that
 went and changed before it (Hassibi and Stork, 1993; Kurtic et al., "ZipLM", arXiv 2302.04089, 2023; with the original's
@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from flyweight.analysis.bare import TURNED, Bare, is_bare, layer_at, parameter_path
-from flyweight.analysis.blocks import calls
 from flyweight.analysis.gram import Moments
 from flyweight.analysis.importance import input_axis
 from flyweight.analysis.sites import kind_of
@@ -37,38 +36,40 @@ _BLIND = 0.01
 """The same, where no examples judge."""
 
 
-def compensated(model: nn.Module, silent: nn.Module, stay: Stay, context: Context) -> dict[str, torch.Tensor]:
+def compensated(
+    model: nn.Module, silent: nn.Module, stay: Stay, fitted: Stay, context: Context
+) -> dict[str, torch.Tensor]:
     """New values of weights, biases and norms' means by name, in their old shapes, those of what goes being zero.
 
-    silent: the model in which all that goes is zero. Weights that several modules hold stay as they are, and so do those
-    of transposed convolutions. Weights that are read rather than called make up for their inputs as the original has them.
+    silent: the model in which all that goes is zero; fitted: as stay, of the groups that are made up for. Weights that
+    several modules hold stay as they are, and so do those of transposed convolutions. Weights that are read rather than
+    called make up for their inputs as the original has them.
     """
-    layers = {layer.path: layer for layer in _layers(model, silent, stay, context)}
+    layers = {
+        one.path: one for one in _layers(model, silent, stay, context) if one.axis in fitted.get(one.name, {})
+    }
 
     def change(path: str, known: Context) -> Changes:
         found = known.moments(path) or _original(known.gram(path))
         return {} if found is None else _changed(silent, layers[path], *found)
 
-    bare = [path for path, one in layers.items() if is_bare(one.module) and one.cut]
-    called = [path for path, one in layers.items() if not is_bare(one.module)]
-    order = list(dict.fromkeys(calls(model, called, context.examples[0])))
-    first = next((at for at, path in enumerate(order) if layers[path].stay), len(order))
+    bare = [path for path, one in layers.items() if is_bare(one.module)]
+    called = [path for path in layers if path not in bare]
     tied = {path: (one.shifts,) for path, one in layers.items() if one.shifts not in ("", "bias")}
-    work = Work(order[first:], bare, set(), context, change, tied, began=silent, moments=True)
+    work = Work(called, bare, set(), context, change, tied, began=silent, moments=True)
     try:
         changes = in_order(model, work)
         if changes is None:
             changes = one_by_one(view(model, {}).eval(), {}, work)
     except (DataError, ModelError) as error:  # such as experts that other tokens are sent to
         context.say(f"layers make up for what they read in the original, not behind other cuts: {error.rule}")
-        cut = [path for path, one in layers.items() if one.cut]
-        changes = {path: new for site in cut for path, new in change(site, context).items()}
+        changes = {path: new for site in layers for path, new in change(site, context).items()}
     return _values(changes, layers)
 
 
 @dataclass(frozen=True, eq=False)
 class _Layer:
-    """A layer whose inputs are known."""
+    """A layer that reads what goes, and whose inputs are known."""
 
     path: str
     name: str
@@ -86,27 +87,16 @@ class _Layer:
         """Which dimension of the weight its inputs are."""
         return 0 if input_axis(self.module) == 0 else 1
 
-    @property
-    def cut(self) -> bool:
-        """Whether inputs go."""
-        return self.axis in self.stay
-
     def wide(self) -> torch.Tensor:
         """(P, O, I) float64: the original's weight."""
-        weight = self.original.get_parameter("weight").detach().double()
+        weight: torch.Tensor = self.original.get_parameter("weight").detach().double()
         if kind_of(self.original) == "conv":
-            grouped: torch.Tensor = weight.flatten(1).unflatten(
-                0, (cast(nn.Conv2d, self.original).groups, -1)
-            )
-            return grouped
+            return weight.flatten(1).view(cast(nn.Conv2d, self.original).groups, -1, weight[0].numel())
         return (weight.T if self.axis == 0 else weight)[None]
 
     def columns(self, kernel: int) -> torch.Tensor:
         """(K,) the inputs that stay; kernel: how many each channel has."""
-        many = self.module.get_parameter("weight").shape[self.axis]
-        return (
-            self.stay.get(self.axis, torch.arange(many))[:, None] * kernel + torch.arange(kernel)
-        ).flatten()
+        return (self.stay[self.axis][:, None] * kernel + torch.arange(kernel)).flatten()
 
     def rows(self, shape: torch.Size) -> torch.Tensor:
         """(P, O) bool: which outputs stay."""

@@ -130,13 +130,11 @@ def cut(model: nn.Module, options: Mapping[str, Options], context: Context) -> n
     kept = {name: units_of(chosen.kept, name) for name, chosen in decided.items()}
     _removal.check(model, list(found.values()))
     some, values = list(found.values()), dict[str, torch.Tensor]()
-    if (
-        any(chosen.compensate for chosen in decided.values())
-        and not context.rebuilding
-        and len(context.examples)
-    ):
+    making_up = {name: kept[name] for name, chosen in decided.items() if chosen.compensate}
+    if making_up and not context.rebuilding and len(context.examples):
         silent = _removal.silenced(model, some, kept).eval()
-        values = compensated(model, silent, _removal.indices(some, kept), context)
+        stay, fitted = (_removal.indices(some, each) for each in (kept, making_up))
+        values = compensated(model, silent, stay, fitted, context)
     return _removal.removed(model, some, kept, values).eval()
 
 
