@@ -38,19 +38,19 @@ def pruned(criterion: str, model: nn.Module, examples: Sequence[Batch], share: f
         "random": kinds.RandomImportance,
     }[criterion]()
     args, kwargs = arguments(examples[0])
-    last = [m for m in small.modules() if isinstance(m, nn.Linear)][-1:]
+    linears = [m for m in small.modules() if isinstance(m, nn.Linear)]
     attentions = [m for m in small.modules() if hasattr(m, "num_attention_heads") and hasattr(m, "query")]
     heads = {
         getattr(m, name): m.num_attention_heads for m in attentions for name in ("query", "key", "value")
     }
+    width = getattr(getattr(small, "config", None), "hidden_size", None)
+    residual = [m for m in linears if m.out_features == width and m not in heads]
     pruner = tp.pruner.BasePruner(
         small,
         kwargs or args,
         importance=importance,
         pruning_ratio=share,
-        ignored_layers=[]
-        if attentions
-        else last,  # an encoder's last layer gives vectors, whose width may change
+        ignored_layers=residual or linears[-1:],  # the width of an encoder's vectors stays, and so do classes
         num_heads=heads,
         prune_num_heads=True,
         prune_head_dims=False,
