@@ -42,7 +42,7 @@ class Options:
 
     passes: float = 4.0
     """How often each example teaches, above 0 and up to 1000."""
-    rate: float = 0.003
+    rate: float = 0.001
     """How far the first steps move an entry, over the root mean square of its tensor, in (0, 1)."""
     seconds: float | None = None
     """The longest time, above 0; None: as long as it takes. With a limit results depend on the machine's speed."""
