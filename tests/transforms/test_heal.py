@@ -79,13 +79,6 @@ def test_what_is_never_better_on_the_examples_kept_apart_stays(monkeypatch: pyte
     assert "did no better" in said[0]
 
 
-def test_steps_that_are_far_too_large_are_made_smaller() -> None:
-    model, data = blocks(), numbers()
-    small = applied(model, data, *pruned())
-    healed = applied(model, data, *pruned(), Step("heal", "model", {"rate": 0.9}))
-    assert far(model, healed, data) < 0.95 * far(model, small, data)
-
-
 def test_the_same_seed_gives_the_same_model_and_the_given_ones_stay() -> None:
     model, data = blocks(), numbers()
     before = copy.deepcopy(model.state_dict())

@@ -52,18 +52,17 @@ def learn(
     loss: Callable[[int], torch.Tensor],
     taught: Sequence[int],
     pace: Pace,
-    after: Callable[[], float],
+    after: Callable[[], None],
 ) -> None:
     """Move tensors by one example after another, in an order that is drawn, less and less until the time is over.
 
-    moved: with how far each one's first steps go; after: called behind each step, what the following ones are multiplied
-    with. By Adam (Kingma and Ba, arXiv 1412.6980,
+    moved: with how far each one's first steps go; after: called behind each step. By Adam (Kingma and Ba, arXiv 1412.6980,
     2014): inputs differ in size by channel, and so do slopes; measured by one size for all, those of the largest channels
     alone would move. Slopes that are not finite move nothing.
     """
     steps, begin = max(1, round(pace.passes * len(taught))), time.monotonic()
     optimizer = torch.optim.Adam([{"params": [one]} for one, _ in moved], betas=_MEMORY)
-    random, factor = torch.Generator().manual_seed(pace.seed), 1.0
+    random = torch.Generator().manual_seed(pace.seed)
     for step in range(steps):
         if not step % len(taught):
             order = torch.randperm(len(taught), generator=random).tolist()
@@ -71,13 +70,13 @@ def learn(
         if done >= 1:
             return
         for group, (_, rate) in zip(optimizer.param_groups, moved, strict=True):
-            group["lr"] = rate * factor * (1 - done)
+            group["lr"] = rate * (1 - done)
         optimizer.zero_grad()
         with torch.enable_grad():
             loss(taught[order[step % len(taught)]]).backward()
         if all(one.grad is None or bool(one.grad.isfinite().all()) for one, _ in moved):
             optimizer.step()
-        factor = after()
+        after()
 
 
 def mean(loss: Callable[[int], torch.Tensor], kept: Sequence[int]) -> float:

@@ -192,10 +192,9 @@ def _learn(
     levels = {id(owner.levels) for owner in numbers}
     moved = [one for owner in numbers for one in owner.moving()]
 
-    def hold() -> float:
+    def hold() -> None:
         for owner in numbers:
             owner.hold()
-        return 1.0
 
     learn([(one, _LEVELS if id(one) in levels else _OTHERS) for one in moved], loss, taught, pace, hold)
 

@@ -2,8 +2,8 @@
 
 All its weights follow the slopes of how far its outputs are from the original's (Hinton et al., "Distilling the knowledge
 in a neural network", arXiv 1503.02531, 2015), and what its blocks give from what the original's give (Jiao et al.,
-"TinyBERT", arXiv 1909.10351, 2020). Some examples are kept apart; whenever the model does worse on them, it goes back to
-where it did best, on to smaller steps. Where it never did better than at the start it stays as it was.
+"TinyBERT", arXiv 1909.10351, 2020). Some examples are kept apart; the model is taken as it was when it did best on them, and
+where it never did better than at the start it stays as it was.
 
 The one site is the model as a whole, "model"; the step comes behind all others that change structure.
 """
@@ -30,8 +30,6 @@ from flyweight.transforms._teaching import Pace, apart, error_of_rows, learn, me
 SITE = "model"
 _LOOKS = 12
 """How often the examples that are kept apart are asked while the others teach."""
-_BACK = 0.3
-"""What steps are multiplied with where those so far led nowhere."""
 _LEAST = 0.01
 """The root mean square that a tensor's steps are measured by, at least: one that is all zero moves too."""
 
@@ -42,7 +40,7 @@ class Options:
 
     passes: float = 4.0
     """How often each example teaches, above 0 and up to 1000."""
-    rate: float = 0.001
+    rate: float = 0.003
     """How far the first steps move an entry, over the root mean square of its tensor, in (0, 1)."""
     seconds: float | None = None
     """The longest time, above 0; None: as long as it takes. With a limit results depend on the machine's speed."""
@@ -146,19 +144,13 @@ def _taught(lesson: _Lesson, options: Options) -> bool:
     start, steps = best, 0
     if not start:
         return True
-    every, factor = max(1, round(options.passes * len(taught)) // _LOOKS), 1.0
+    every = max(1, round(options.passes * len(taught)) // _LOOKS)
 
-    def look() -> float:
-        nonlocal best, state, steps, factor
+    def look() -> None:
+        nonlocal best, state, steps
         steps += 1
-        if not steps % every:
-            now = mean(lesson.judged, kept)
-            if now < best:
-                best, state = now, copy.deepcopy(lesson.student.state_dict())
-            else:
-                lesson.student.load_state_dict(state)
-                factor *= _BACK
-        return factor
+        if not steps % every and (now := mean(lesson.judged, kept)) < best:
+            best, state = now, copy.deepcopy(lesson.student.state_dict())
 
     flags = [(one, one.requires_grad) for one in lesson.student.parameters() if one.is_floating_point()]
     moved = [(one.requires_grad_(), options.rate * max(_size(one), _LEAST)) for one, _ in flags]
