@@ -181,7 +181,7 @@ def table(document: dict[str, Any]) -> str:
         cells = ["failed" if drop is None else f"{drop:.2%}" for drop in drops]
         lines.append(f"| {row['case']} | {row['metric'].split()[2]} | {' | '.join(cells)} |")
     said = f"by `python -m benchmarks.structure` with Torch-Pruning {document['versions']['torch-pruning']}"
-    return "\n".join(lines) + f"\n\nRelative drops of the task's score, without training, {said}.\n"
+    return "\n".join(lines) + f"\n\nRelative drops of the task's score, at least 0.01 %, {said}.\n"
 
 
 if __name__ == "__main__":

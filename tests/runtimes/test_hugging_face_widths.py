@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.runtimes.talkers import rounded, talker, tokens
+from runtimes.talkers import rounded, talker, tokens
 from torch import nn
 
 from flyweight.analysis.coupling import Group, couple

@@ -186,3 +186,10 @@ def test_a_model_that_cannot_be_exported_says_so_quietly(
     with pytest.raises(ModelError, match=r"exportable to ONNX.*--runtime torch"):
         nets.prepared("onnxruntime", model, [torch.randn(1, 4)], tmp_path)
     assert capfd.readouterr() == ("", "")
+
+
+def test_code_may_ask_a_layer_for_its_numbers(tmp_path: Path) -> None:
+    model = nets.Function(lambda self, x: self.a(x) * self.a.stride[0], a=nn.Conv2d(3, 4, 3, stride=2)).eval()
+    x = torch.randn(2, 3, 8, 8)
+    predict = nets.prepared("onnxruntime", model, [x], tmp_path)
+    assert torch.allclose(torch.as_tensor(predict(x)), run(model, x), atol=1e-5)

@@ -102,6 +102,13 @@ class _OpenSite(nn.Module):
         )
         return found
 
+    def __getattr__(self, name: str) -> Any:
+        """What else the model's code asks of the layer, a convolution's stride for example."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("shell"), name)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with _Open(self.path):
             stand_in = torch.empty(self.shape, dtype=self.dtype)
