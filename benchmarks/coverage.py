@@ -33,6 +33,7 @@ from flyweight.errors import FlyweightError, foreign
 from flyweight.inputs.check import arguments, call
 from flyweight.records import Batch
 from flyweight.runtimes import onnxruntime
+from flyweight.transforms import Context
 from flyweight.transforms._removal import proven, refuted, removed
 
 SHARES = (0.1, 0.3, 0.5)
@@ -110,9 +111,9 @@ def share(model: nn.Module, coupling: Coupling) -> float:
 
 def cut(model: nn.Module, coupling: Coupling, batch: Batch, part: float) -> Record:
     """A share of the units of every group taken out: the share of the parameters that is left, and what fails, and why."""
-    kept = {}
+    kept, nothing = {}, Context()
     for group in coupling.groups:
-        scores = local("magnitude", model, group, {}, 0)
+        scores = local("magnitude", model, group, nothing.gram, nothing.rows, 0)
         many = group.units - math.floor(group.units * part)
         kept[group.name] = sorted(scores.argsort(descending=True, stable=True)[:many].tolist())
     small = removed(model, coupling.groups, kept).eval()

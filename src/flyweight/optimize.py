@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +135,8 @@ class Run:
             ]
         candidates, reasons = uniform(found, runtimes)
         self.notes += reasons
-        hunt = Hunt(self.goal, original, self.session.analysis.sites, self._tools())
+        thin = self._thinned if recipe is None else _as_it_is
+        hunt = Hunt(self.goal, original, self.session.analysis.sites, self._tools(thin))
         self.told.stage("timing every candidate", len(candidates))
         hunt.run(candidates)
         return hunt
@@ -223,8 +224,8 @@ class Run:
         )
         return kept
 
-    def _tools(self) -> Tools:
-        return Tools(self._survey, self._measure, self._skip, self._damages, self._thinned, self._time_used)
+    def _tools(self, thin: Callable[[Family], Family | None]) -> Tools:
+        return Tools(self._survey, self._measure, self._skip, self._damages, thin, self._time_used)
 
     def _stage(self, name: str) -> None:
         """Tell a stage once, however often the search comes back to it in a row."""
@@ -322,6 +323,10 @@ class Run:
         steps: Mapping[str, Step] = origin.family.steps if origin else {}
         found = self._damages(origin.family, 1) if origin and steps else {}
         return advice.layers(self.session.analysis.sites, chosen.plan, steps, found)
+
+
+def _as_it_is(recipe: Family) -> None:
+    """A recipe loses no units that it does not name."""
 
 
 def _same(one: Measured, two: Measured) -> bool:

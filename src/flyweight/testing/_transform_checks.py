@@ -81,7 +81,7 @@ def deterministic(case: Case) -> None:
 def state_round_trip(case: Case) -> None:
     """A result that was built without having seen data takes the state of one that did, and is the same then."""
     changed = case.changed
-    fresh = case.apply(built(case.entry, case.dtype), Context())
+    fresh = case.apply(built(case.entry, case.dtype), Context(rebuilding=True))
     fresh.load_state_dict(changed.state_dict(), strict=True)
     same(run(changed, case.examples[1]), run(fresh, case.examples[1]))
 
@@ -114,7 +114,8 @@ def twice(case: Case) -> None:
     try:
         again = case.apply(changed)
     except UsageError as error:
-        _named(error, case.plan.steps[0])
+        named = [step for step in case.plan.steps if step.site in str(error)]
+        _named(error, (named or case.plan.steps)[0])
         return
     for batch in case.examples:
         gap = distance(run(changed, batch), run(again, batch))
