@@ -25,7 +25,7 @@ from flyweight.records import Batch, Plan, Site, Step
 from flyweight.transforms._contract import Context
 from flyweight.transforms._copies import substitute
 
-_NO_LAYER = "only linear layers and convolutions of PyTorch that are called with their input share weights"
+_NO_LAYER = "share takes linear layers and convolutions with weights of their own"
 INNER = "inner"
 """The layer inside the new module, which holds the shared weight."""
 
@@ -56,6 +56,12 @@ class Scaled(nn.Module):
         self.scale = nn.Parameter(scale)
         self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias)
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """What the layer multiplies with, for code that reads it instead of calling the layer."""
+        shared: torch.Tensor = self.inner.get_parameter("weight")
+        return shared * self.scale.view(-1, *[1] * (shared.ndim - 1))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the layer would give with the weight scaled."""
         found: torch.Tensor = self.inner(x)
@@ -71,13 +77,9 @@ def levels(site: Site) -> Sequence[Options]:
 
 def refuse(site: Site, options: Options, module: nn.Module) -> str | None:
     """Why a layer cannot have another's weight, or None; whether there is such a one, the whole model tells."""
-    if is_bare(module) or type(module).forward not in (
-        nn.Linear.forward,
-        nn.Conv1d.forward,
-        nn.Conv2d.forward,
-    ):
-        return _NO_LAYER
-    return f"its weight must stay tied with {', '.join(site.tied)}" if site.tied else None
+    called = (nn.Linear.forward, nn.Conv1d.forward, nn.Conv2d.forward)
+    fits = not is_bare(module) and type(module).forward in called and not site.tied
+    return None if fits else _NO_LAYER
 
 
 def closeness(options: Options) -> float:
@@ -163,7 +165,7 @@ def _decided(
 ) -> Options:
     """The options with the earlier layer that is most alike; one that was named must be one of them."""
     if path not in _layers(model):
-        raise UsageError("share takes linear layers and convolutions with weights of their own", where=path)
+        raise UsageError(_NO_LAYER, where=path)
     fit = [other for other in _earlier(model, path) if other not in every]
     if chosen.of and chosen.of not in fit:
         rule = "a shared weight is that of an earlier layer of the same kind and shape that keeps its own"
