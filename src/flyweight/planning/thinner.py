@@ -25,6 +25,8 @@ from flyweight.transforms import Context, prune
 
 FIRST = 0.2
 """Share of the arithmetic, or of the bytes, that goes in the first attempt."""
+LEAST = 0.02
+"""Share that is worth a measurement."""
 MULTIPLES = ((32, 128), (16, 64), (8, 16))
 """Numbers of channels and neurons that runtimes like to have a multiple of, each with how many units there must be for it."""
 
@@ -63,11 +65,12 @@ class Thinner:
         )
 
     def thinned(self, family: Family, loss: float | None = None) -> Family | None:
-        """A family with fewer units, whose loss can be chosen; None where nothing can go."""
+        """A family with fewer units, whose loss can be chosen; None where hardly anything can go."""
         steps, costs = self.cut(loss)
-        if not steps:
+        gone = 1 - self.left(steps)
+        if gone < LEAST:
             return None
-        name = f"{family.name}, {1 - self.left(steps):.0%} cut away"
+        name = f"{family.name}, {gone:.0%} cut away"
         at = functools.partial(self.thinned, family)
         return dataclasses.replace(family, name=name, cuts=steps, loss=costs, at=at)
 
